@@ -1,0 +1,244 @@
+"""Make the laptop-size Qwen2.5-VL in data/model: its tokenizer, its weights, its warm start.
+
+    python data/make_model.py --seed 0 --out data/model        # about 15 minutes on 2 cores
+
+The model is Qwen2.5-VL in every part (same class, same M-RoPE, same window attention, same special tokens and chat
+template), with about a million weights and its own small BPE. It is warm-started by plain cross-entropy on the tokens of the
+assistant in three phases, because reinforcement can only amplify what a policy already does now and then:
+
+1. captions of clean signs and flags mixed with right demonstrations, until the right chains are learnt. Perception has to be
+   there from the start; how a demonstration depends on its question appears suddenly and late, so watch `right`, not the loss;
+2. a short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), who mistakes labels, countries
+   and parameters. What is left is an imperfect agent: it can do everything, and does it right less than half of the time.
+
+Demonstrations are played through the real tools by `rollout.replay`, so the model sees the very tokens and images of a rollout.
+Their facts come from other corpora than the one shipped: what is to be learnt is to copy from a result, not the facts.
+"""
+import argparse
+import io
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import make_tasks
+from grpo import token_weights
+from model import encode_image, encode_prompt, load_policy, score
+from reward import exact_match
+from rollout import (IMAGE_READY, PROMPTS, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate, micro_batches, replay,
+                     roll_out)
+from tools import CodeTool, SearchTool
+
+# Qwen's special tokens in the order of the hub's tokenizer (ids 151643 and up there, the last ids here).
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+           "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]
+# How Qwen2 cuts text before merging: contractions, words with one leading sign, single digits, runs of signs, spaces.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CHAT_TEMPLATE = """\
+{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}\
+<|im_start|>{{ message['role'] }}\n\
+{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}\
+{% endfor %}{% endif %}<|im_end|>\n\
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
+CAPTIONS = {"sign": "Read the sign.", "flag": "Name the flag."}
+LIMITS = Limits(max_turns=4, max_new_tokens=80, max_tokens=512, batch_tokens=16384)
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE cut like Qwen's and trained on everything that the offline tasks can say."""
+    rng = random.Random(0)
+    known = make_tasks.facts(0)
+    texts = [CHAT_TEMPLATE, *PROMPTS["full"].values(), TIP_NONE, TIP_REPAIR, IMAGE_READY, *CAPTIONS.values()]
+    texts += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"] * 50
+    for _ in range(500):
+        task = make_tasks.coding_task(rng, rng.choice(make_tasks.KINDS))
+        texts += [task["question"], *make_tasks.noisy_chain(task, rng)]
+        task = make_tasks.search_task(rng, known, *rng.choice(list(known)))
+        results = " ".join(f"{i}. Content: {row['contents']}"
+                           for i, row in enumerate(rng.sample(make_tasks.make_corpus(rng.random()), 3), 1))
+        texts += [task["question"], *make_tasks.noisy_chain(task, rng), f"<information> {results} </information>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL), min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        additional_special_tokens=SPECIAL, model_max_length=4096,
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL at laptop size: 3 + 3 layers of width 128, head and embedding tied as in the hub's 3B."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}
+    torch.manual_seed(seed)
+    config = Qwen2_5_VLConfig(
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+                         bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
+                         tie_word_embeddings=True),
+        vision_config=dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=128,
+                           window_size=112, fullatt_block_indexes=[2]))
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(bos_token_id=ids["endoftext"], pad_token_id=ids["endoftext"],
+                                               eos_token_id=[ids["im_end"], ids["endoftext"]])
+    return model
+
+
+def caption(policy, rng):
+    """A sign or a flag as it may look after a repair, and its name as the assistant's turn."""
+    if rng.random() < 0.5:
+        name = rng.choice(list(make_tasks.FLAGS))
+        question, picture = CAPTIONS["flag"], make_tasks.make_flag(rng, name)
+    else:
+        task = make_tasks.coding_task(rng, rng.choice(make_tasks.KINDS))
+        question, name, picture = CAPTIONS["sign"], task["answers"][0], task["clean"]
+        if task["type"][0] in ("dark", "overexposure"):  # what the right code makes of it: coarser, clipped
+            fix = (lambda p: p * 8) if task["type"] == ["dark"] else (lambda p: 255 - (255 - p) * 8)
+            picture = task["image"].point(fix)
+        if rng.random() < 0.7:
+            picture = jpeg(picture)
+    image = encode_image(policy, picture)
+    prompt = encode_prompt(policy, question, image)
+    answer = policy.tokenizer(f" {name}")["input_ids"] + [policy.end_id]
+    mask = [0] * len(prompt) + [1] * len(answer)
+    return Rollout({}, prompt + answer, mask, [0.0] * len(mask), [image], [picture])
+
+
+def jpeg(picture):
+    """What a file named .jpg does to a picture."""
+    data = io.BytesIO()
+    picture.save(data, "JPEG")
+    return Image.open(io.BytesIO(data.getvalue())).convert("RGB")
+
+
+def demonstrations(policy, rng, code_tool, num, chain):
+    """num demonstrations, half of each family, played through the real tools. chain: task -> its turns."""
+    coding = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], task_id=i) for i in range(num // 2)]
+    played, _ = roll_out(policy, coding, Tools(code=code_tool), LIMITS, sampler=chains(policy, coding, chain))
+    for seed in range(1, 9):  # corpora that the offline tasks never see
+        known = make_tasks.facts(f"demonstrations-{seed}")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "corpus.jsonl"
+            path.write_text("\n".join(map(json.dumps, make_tasks.make_corpus(f"demonstrations-{seed}"))))
+            search = SearchTool(backend=f"sqlite:{path}", topk=3)
+            tasks = [make_tasks.search_task(rng, known, *rng.choice(list(known)), task_id=i) for i in range(num // 16)]
+            played += roll_out(policy, tasks, Tools(search=search), LIMITS, sampler=chains(policy, tasks, chain))[0]
+    rng.shuffle(played)
+    return played
+
+
+def chains(policy, tasks, chain):
+    """A sampler that plays one chain a task, drawn once."""
+    drawn = {task["id"]: chain(task) for task in tasks}
+    return replay(policy, lambda task: drawn[task["id"]])
+
+
+def cross_entropy_step(policy, optimizer, rows):
+    """One step of Adam on the mean over rows of the mean over their action tokens; returns that mean by row, in nats.
+
+    By row, as GRPO weighs rollouts: a caption of two tokens counts as much as a demonstration of a hundred.
+    """
+    losses = []
+    for batch in micro_batches(policy, rows, [0.0] * len(rows), 8192):
+        logps, _ = score(policy, batch.inputs, batch.action_mask, 1.0)
+        weights = token_weights(batch.action_mask, "grpo", num_rollouts=1, num_tokens=0, max_tokens=0)  # (B, T)
+        by_row = -(weights * logps).sum(dim=1)  # (B,)
+        (by_row.sum() / len(rows)).backward()
+        losses += by_row.tolist()
+    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
+
+
+def success(policy, code_tool, num, temperature):
+    """Share of fresh tasks solved, {kind: share}, with the shipped corpus in the search tool."""
+    rng, known = random.Random(99), make_tasks.facts(0)
+    search = SearchTool(backend=f"sqlite:{Path(__file__).parent}/offline/corpus.jsonl", topk=3)
+    tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], split="train") for i in range(num)]
+    tasks += [make_tasks.search_task(rng, known, *rng.choice(list(known))) for i in range(num // 2)]
+    rollouts, _ = roll_out(policy, tasks, Tools(code_tool, search), LIMITS, temperature=temperature)
+    by_kind = {}
+    for r in rollouts:
+        by_kind.setdefault(r.task.get("type", ["search"])[0], []).append(exact_match(r.answer, r.task["answers"]))
+    return {kind: round(sum(hits) / len(hits), 2) for kind, hits in sorted(by_kind.items())}
+
+
+def train(policy, code_tool, args):
+    rng = random.Random(args.seed)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.01)
+    start = time.perf_counter()
+    right = demonstrations(policy, rng, code_tool, args.demonstrations, make_tasks.right_chain)
+    print(f"{len(right)} right demonstrations, {time.perf_counter() - start:.0f} s", flush=True)
+    noisy = []
+    for step in range(args.right_steps + args.noisy_steps):
+        if step == args.right_steps:
+            policy.model.save_pretrained(f"{args.out}-right")
+            noisy = demonstrations(policy, rng, code_tool, args.noisy_steps * args.batch,
+                                   lambda task: make_tasks.noisy_chain(task, rng, args.noise))
+            optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.noisy_lr, weight_decay=0.01)
+        pool, at = (right, step) if not noisy else (noisy, step - args.right_steps)
+        rows = [pool[(at * args.batch + i) % len(pool)] for i in range(args.batch)]
+        rows += [caption(policy, rng) for _ in range(args.captions)]
+        if not noisy:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / args.right_steps)
+        losses = sorted(cross_entropy_step(policy, optimizer, rows), key=len) if False else cross_entropy_step(policy, optimizer, rows)
+        if step % 20 == 0:
+            print(f"step {step}  loss {sum(losses[:args.captions])/args.captions:.3f} {sum(losses[args.captions:])/args.batch:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+        if step % args.check == args.check - 1:
+            print("  right", success(policy, code_tool, 48, 1.0), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="data/model")
+    parser.add_argument("--right_steps", type=int, default=1000)
+    parser.add_argument("--noisy_steps", type=int, default=100)
+    parser.add_argument("--demonstrations", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
+    parser.add_argument("--captions", type=int, default=24, help="captions a step")
+    parser.add_argument("--noise", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--noisy_lr", type=float, default=3e-4)
+    parser.add_argument("--check", type=int, default=100)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(vocab_size=1024)
+    model = make_model(tokenizer, args.seed)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
+    for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
+        part.save_pretrained(args.out)
+    policy = load_policy(args.out)
+    policy.model.train()
+    with CodeTool(workers=2, timeout=5.0) as code_tool:
+        train(policy, code_tool, args)
+    policy.model.generation_config = policy.hub_generation_config
+    policy.model.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

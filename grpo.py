@@ -1,0 +1,114 @@
+"""GRPO, written out by hand: advantages, token log-probs, KL, loss. Tensors in, tensors out.
+
+One update, for B = P·G rollouts of T tokens (arXiv 2402.03300, eq. 3, with the choices of the released Visual-ARFT):
+
+    advantage_i = (reward_i - mean of its group) / (std of its group + 1e-4)
+    loss        = - sum_i sum_t weight_it · [ min(ratio_it · A_i, clip(ratio_it) · A_i) - beta · KL_it ]
+
+The whole difference between `grpo`, `dr_grpo` and `dapo` is in `weight` (and in the std, which `dr_grpo` leaves out).
+Weights are counted once per update, over all micro-batches and ranks, so gradient and logged loss do not depend on how the
+rollouts are cut into micro-batches, padded, ordered or spread.
+
+Left out on purpose: critics, reward models, learned baselines, entropy bonuses, importance weights per sequence.
+
+Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, V vocabulary, H hidden size. Log-probs are in nats.
+"""
+import torch
+from torch.utils.checkpoint import checkpoint
+
+LOSSES = ("grpo", "dr_grpo", "dapo")
+
+
+def group_advantages(rewards: torch.Tensor, loss: str = "grpo") -> torch.Tensor:
+    """Rewards of P groups -> advantages. (P, G) float -> (P, G) float32.
+
+    (r - mean) / (std + 1e-4) with ddof 1, as TRL 0.14 and so the released code; `dr_grpo` (arXiv 2503.20783) only
+    subtracts the mean. A group whose rewards are all equal gets exactly 0. Groups are rows: two equal prompts never merge.
+    Raises ValueError for G = 1, where every advantage would be 0 and nothing could be learnt.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (prompts, samples >= 2), got {tuple(rewards.shape)}: raise --group_size")
+    rewards = rewards.float()
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
+    centred[(rewards == rewards[:, :1]).all(dim=1)] = 0.0  # a mean of equal floats can be off by one ulp
+    if loss == "dr_grpo":
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)  # (P, G)
+
+
+def token_logps(hidden: torch.Tensor, lm_head: torch.Tensor, targets: torch.Tensor, *, temperature: float,
+                suppressed: torch.Tensor, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target under the law that sampled it, and that law's entropy (no gradient).
+
+    hidden (N, H), lm_head (V, H), targets (N,) int64, suppressed (S,) int64: ids that sampling never emits, taken out of
+    the softmax here too, so that sampler and scorer are one distribution. Returns two (N,) float32 tensors, in nats.
+    Works in chunks that are recomputed in the backward pass: at most chunk·V logits exist at a time, never N·V.
+    """
+    if len(targets) == 0:
+        return hidden.sum(dim=1).float(), hidden.new_zeros(0, dtype=torch.float32)
+    parts = [checkpoint(_chunk_logps, h, lm_head, t, temperature, suppressed, use_reentrant=False)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logps, entropy = zip(*parts)
+    return torch.cat(logps), torch.cat(entropy).detach()
+
+
+def _chunk_logps(hidden, lm_head, targets, temperature, suppressed):
+    logits = torch.nn.functional.linear(hidden, lm_head).float() / temperature  # (n, V)
+    logits = logits.index_fill(1, suppressed, float("-inf"))
+    logps = torch.log_softmax(logits, dim=1)
+    with torch.no_grad():  # p·log p is 0 where p is 0: xlogy-style guard against 0 · -inf
+        entropy = -(logps.exp() * logps.masked_fill(logps == float("-inf"), 0.0)).sum(dim=1)
+    return logps.gather(1, targets[:, None]).squeeze(1), entropy  # (n,), (n,)
+
+
+def kl_k1(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+    """k1 estimate of KL(policy || reference) per token: log p - log q. Unbiased under the policy, may be negative."""
+    return logps - ref_logps
+
+
+def kl_k3(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+    """k3 estimate of KL(policy || reference) per token: q/p - log(q/p) - 1 (Schulman 2020). Unbiased, never negative."""
+    log_ratio = ref_logps - logps
+    return log_ratio.exp() - log_ratio - 1.0
+
+
+def token_weights(action_mask: torch.Tensor, loss: str, *, num_rollouts: int, num_tokens: int,
+                  max_tokens: int) -> torch.Tensor:
+    """Weight of every token in the loss. action_mask (B, T) -> (B, T) float32; all counts are of the whole update.
+
+    num_rollouts: rollouts over all micro-batches and ranks; num_tokens: their action tokens; max_tokens: the longest
+    possible rollout, a constant. `grpo`: mean over rollouts of the mean over tokens. `dapo` (arXiv 2503.14476): mean over
+    all tokens. `dr_grpo`: sum over tokens over a constant length. A rollout without action tokens weighs 0.
+    """
+    mask = action_mask.float()
+    if loss == "grpo":
+        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / num_rollouts  # (B, T)
+    if loss == "dapo":
+        return mask / max(num_tokens, 1)
+    if loss == "dr_grpo":
+        return mask / (num_rollouts * max_tokens)
+    raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
+
+
+def policy_loss(logps: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, *,
+                old_logps: torch.Tensor | None = None, ref_logps: torch.Tensor | None = None, beta: float = 0.0,
+                clip_low: float = 0.2, clip_high: float = 0.2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch, already on the scale of the whole update: add it up over micro-batches and ranks.
+
+    logps, weights, old_logps, ref_logps: (B, T) float32; advantages: (B,). old_logps=None means that the batch is used
+    once: the ratio is 1 and only its gradient is left. ref_logps=None means no KL term. Returns the scalar loss and sums
+    to be added up likewise: `kl` (k3) and `clipped` (share of tokens where the clip cuts the gradient), weighted as the
+    loss is, so that they are means over the update.
+    """
+    old_logps = logps.detach() if old_logps is None else old_logps
+    ratio = (logps - old_logps).exp()  # (B, T)
+    advantages = advantages[:, None]  # (B, 1)
+    plain = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    objective = torch.minimum(plain, clipped)
+    kl = kl_k3(logps, ref_logps) if ref_logps is not None else torch.zeros_like(logps)
+    # Padding and observations may hold any number, infinities too: choose by mask instead of multiplying by 0.
+    per_token = torch.where(weights > 0, weights * (objective - beta * kl), 0.0)
+    sums = {"kl": torch.where(weights > 0, weights * kl, 0.0).sum().detach(),
+            "clipped": torch.where(weights > 0, weights * (clipped < plain), 0.0).sum().detach()}
+    return -per_token.sum(), sums

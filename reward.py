@@ -1,0 +1,200 @@
+"""Rewards and scores: text in, floats out.
+
+    episode_reward(["<think>…</think><answer>…</answer>"], "Rome", ["Paris"])  -> {"format": 1.0, "accuracy": 0.0}
+    weighted_sum({"format": 1.0, "accuracy": 0.5})                             -> 1.5
+
+A reward is a dict of named parts, each within 0..1; weights turn it into the number that the policy is trained on.
+Sources: "paper" is Visual-ARFT, arXiv 2505.14246; "released code" is the code published with it. Where the two differ,
+or we depart from both, the function says so. There is nothing to run here: train.py and evaluate.py call it.
+Left out on purpose: learned rewards and sentence embeddings (nothing is loaded); the released code's maths verifier
+for search answers, which credits a matching number anywhere; eval (text is only matched, never run).
+"""
+import re
+import string
+from collections.abc import Mapping, Sequence
+
+# An episode is paid for its form and its answer, 1:1 (paper); its tool parts are logged but not optimised.
+WEIGHTS = {"format": 1.0, "accuracy": 1.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
+# A single step is paid for its form and for the one part that fits its gold action (paper, released code).
+STEP_WEIGHTS = {"format": 1.0, "accuracy": 1.0, "search": 1.0, "code": 1.0, "problem": 1.0}
+STEP_PARTS = {"answer": "accuracy", "search": "search", "code": "code", "problem": "problem"}  # of a gold action
+MIN_QUERY_F1 = 0.5  # a query less like the gold query than this earns nothing (released code, there for a cosine)
+
+ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+HAN = re.compile(r"[\u4e00-\u9fff]")
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+NO_CHINESE_PUNCTUATION = str.maketrans("", "", string.punctuation + "，。！？；：、（）《》〈〉【】「」『』“”‘’—…·")
+NUMBER = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+TAG = re.compile(r"(</?(?:think|search|problem|code|answer)>)")
+
+
+def normalize_answer(text: str, chinese: bool = False) -> str:
+    """SQuAD normalisation: lower case, no ASCII punctuation, no articles a/an/the, single spaces.
+
+    chinese=True (MAT-Coding) also strips Chinese punctuation, and in a text with Chinese removes the spaces instead of
+    the articles. Line breaks then stay and count as characters: only so the published figures come out.
+    """
+    text = text.lower().translate(NO_CHINESE_PUNCTUATION if chinese else NO_PUNCTUATION)
+    if chinese and HAN.search(text):
+        return text.replace(" ", "")
+    return " ".join(ARTICLES.sub(" ", text).split())
+
+
+def exact_match(prediction: str | None, golds: Sequence[str], chinese: bool = False) -> float:
+    """1.0 if the normalised prediction equals a normalised gold answer, else 0.0; no answer (None) is 0.0.
+
+    Where normalising leaves nothing of a gold (the choice "A" is an article), texts are compared with their articles.
+    An empty gold matches nothing: silence must not be credited. Raises ValueError if golds is empty or a bare string.
+    """
+    _check_golds(golds)
+    return float(prediction is not None and any(_same(prediction, gold, chinese) for gold in golds))
+
+
+def f1_score(prediction: str | None, golds: Sequence[str], chinese: bool = False) -> float:
+    """The best F1 over golds, within 0..1: set overlap over list lengths, 1.0 on an exact match, 0.0 for None.
+
+    As in the released evaluation F1 = 2·|S_p ∩ S_g| / (|L_p| + |L_g|), with S the sets and L the lists of words, so a
+    repeated word costs. chinese=True counts characters where either side has Chinese. The released *training* reward
+    does not force 1.0 on an exact match: "A" for "A" earns 0 there, "New York, New York" for itself 0.5; here both 1.
+    Raises ValueError if golds is empty or a bare string.
+    """
+    if exact_match(prediction, golds, chinese):
+        return 1.0
+    return 0.0 if prediction is None else max(_overlap_f1(prediction, gold, chinese) for gold in golds)
+
+
+def _check_golds(golds):
+    if isinstance(golds, str) or not golds:
+        raise ValueError(f"golds must be a list of at least one answer, got {golds!r}; write [{golds or 'answer'!r}]")
+
+
+def _same(prediction, gold, chinese):
+    left, right = normalize_answer(prediction, chinese), normalize_answer(gold, chinese)
+    if not right:
+        left, right = (text.lower().translate(NO_PUNCTUATION).strip() for text in (prediction, gold))
+    return left == right != ""
+
+
+def _overlap_f1(prediction, gold, chinese):
+    left, right = normalize_answer(prediction, chinese), normalize_answer(gold, chinese)
+    by_character = chinese and HAN.search(left + right)
+    left, right = (list(left), list(right)) if by_character else (left.split(), right.split())
+    overlap = len(set(left) & set(right))
+    return 2 * overlap / (len(left) + len(right)) if overlap else 0.0
+
+
+def turn_is_valid(text: str) -> bool:
+    """Whether a turn is `<think>…</think>` and then `<tag>…</tag>` with one tag of search, problem, code and answer.
+
+    Only whitespace may stand around these, and no tag of the five inside; the released code forbids only the same tag
+    twice, and so lets `<code>` stand in a thought. Linear in the length of the text.
+    """
+    pieces = TAG.split(text)  # outside, tag, inside, tag, outside, tag, inside, tag, outside
+    if len(pieces) != 9 or "".join(pieces[0::4]).strip():  # two pairs of tags, nothing outside them
+        return False
+    *thought, opening, closing = pieces[1::2]
+    return thought == ["<think>", "</think>"] and opening != "<think>" and closing == opening.replace("<", "</")
+
+
+def problem_labels(text: str) -> list[str]:
+    """The distinct labels of a problem action, sorted: "{'rotation90', 'dark'}" -> ["dark", "rotation90"].
+
+    Every word counts, known as a label or not: prose around the right label makes it wrong.
+    """
+    return sorted(set(re.findall(r"\w+", text.lower())))
+
+
+def problem_score(predicted_labels: Sequence[str], gold_labels: Sequence[str]) -> float:
+    """1.0 if the sorted labels are equal, 0.5 if the gold is a rotation with one more and only the rotation is named.
+
+    From the released code; the paper defines no reward for this action. Anything else is 0.0.
+    """
+    predicted, gold = sorted(predicted_labels), sorted(gold_labels)
+    if predicted == gold:
+        return 1.0
+    rotations = [label for label in gold if label.startswith("rotation")]
+    return 0.5 if len(gold) == 2 and len(rotations) == 1 and predicted == rotations else 0.0
+
+
+def episode_reward(turns: Sequence[str], answer: str | None, golds: Sequence[str], *, problem: str | None = None,
+                   gold_labels: Sequence[str] | None = None, tool_oks: Sequence[bool] | None = None,
+                   evidence: Sequence[str] | None = None) -> dict[str, float]:
+    """Score a whole episode by named parts, each within 0..1.
+
+        format    1 if there is a turn and all turns are valid        always
+        accuracy  F1 of the final answer (paper)                      always
+        problem   problem_score of the first problem action           if gold_labels is given; 0 if none was named
+        tools     share of the tool calls that ran without error      if there was a call
+        search    1 if a search result holds a gold answer            if evidence, the results' texts, is given
+
+    The paper rewards single turns; whole episodes and the last two parts are ours. Raises ValueError as f1_score does.
+    """
+    parts = {"format": float(bool(turns) and all(map(turn_is_valid, turns))), "accuracy": f1_score(answer, golds)}
+    if gold_labels is not None:
+        parts["problem"] = 0.0 if problem is None else problem_score(problem_labels(problem), gold_labels)
+    if tool_oks:
+        parts["tools"] = sum(tool_oks) / len(tool_oks)
+    if evidence is not None:
+        parts["search"] = _found(golds, evidence)
+    return parts
+
+
+def _found(golds, evidence):
+    """1.0 if a gold stands in the evidence as whole words: "no" is not found in "know"."""
+    texts = [f" {normalize_answer(text)} " for text in evidence]
+    return float(any(gold and f" {gold} " in text for gold in map(normalize_answer, golds) for text in texts))
+
+
+def step_reward(text: str, kind: str | None, content: str, gold_kind: str, gold_content: str, *,
+                golds: Sequence[str] | None = None) -> dict[str, float]:
+    """Score one action against the gold action of its step, the released way: "format" and the part of the gold's kind.
+
+        answer   -> accuracy  F1 against golds, or against gold_content without them
+        search   -> search    F1 of the words of the two queries, 0 below 0.5
+        code     -> code      1 for any code block: what it holds is deliberately not supervised (paper)
+        problem  -> problem   problem_score
+
+    `text` is the whole turn, `kind` and `content` its action; one of another kind than gold_kind earns 0. The paper and
+    the released code compare queries by the cosine of sentence embeddings; we have no model for that and take words.
+    The released code pays 0.9 for code, even to a turn without any. Raises ValueError for an unknown gold_kind.
+    """
+    if gold_kind not in STEP_PARTS:
+        raise ValueError(f"gold_kind {gold_kind!r} is not an action; take one of {', '.join(STEP_PARTS)}")
+    value = _action_score(kind, content, gold_content, golds) if kind == gold_kind else 0.0
+    return {"format": float(turn_is_valid(text)), STEP_PARTS[gold_kind]: value}
+
+
+def _action_score(kind, content, gold_content, golds):
+    if kind == "code":
+        return 1.0
+    if kind == "problem":
+        return problem_score(problem_labels(content), problem_labels(gold_content))
+    if kind == "answer":
+        return f1_score(content, golds or [gold_content])
+    f1 = f1_score(content, [gold_content])
+    return f1 if f1 >= MIN_QUERY_F1 else 0.0
+
+
+def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float] = WEIGHTS) -> float:
+    """The reward that the policy is trained on: Σ weight · part. Raises ValueError for a part without a weight."""
+    if unknown := set(parts) - set(weights):
+        raise ValueError(f"no weight for {', '.join(sorted(unknown))}; weights are given for {', '.join(weights)}")
+    return sum(weights[name] * value for name, value in parts.items())
+
+
+def parse_weights(text: str, defaults: Mapping[str, float] = WEIGHTS) -> dict[str, float]:
+    """Weights out of "accuracy=2,problem=0.5"; parts that are not named keep their default.
+
+    Raises ValueError for a part that is unknown or named twice, and for a weight that is no plain number.
+    """
+    named = {}
+    for pair in filter(str.strip, text.split(",")):
+        name, _, value = map(str.strip, pair.partition("="))
+        if name not in defaults:
+            raise ValueError(f"unknown reward part {name!r} in {text!r}; take some of {', '.join(defaults)}")
+        if name in named:
+            raise ValueError(f"reward part {name!r} stands twice in {text!r}; give it once")
+        if not NUMBER.fullmatch(value):
+            raise ValueError(f"weight of {name!r} must be a plain number, got {value!r}; write {name}=1.0")
+        named[name] = float(value)
+    return {**defaults, **named}

@@ -1,0 +1,247 @@
+"""Rollouts: a policy and its tools write one token sequence, turn by turn.
+
+    prompt | action 1 | observation 1 | action 2 | observation 2 | action 3
+      0    |    1     |      0        |    1     |      0        |    1        action_mask
+
+The sequence is only ever appended to. The ids of an action are the ids that were sampled, end token included; they are never
+decoded and tokenised again. An observation is a user turn with text, and with a *new* image where the tool made one: the
+model thinks with a growing list of images, none is replaced.
+
+Rollouts know nothing of rewards: the caller scores them, and evaluation uses them as training does.
+
+Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens.
+"""
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image, ImageOps
+
+from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt, generate, model_inputs,
+                   split_by_tokens)
+from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, parse_action
+
+# What stands after the question. `short` is for the laptop model, which learnt the form from demonstrations.
+PROMPTS = {
+    "short": {"search": "", "coding": ""},
+    "full": {
+        "search": """
+
+Answer the question about the image (if there is one) step by step. In every turn, first reason between <think> and \
+</think>, then do exactly one of two things:
+- look something up on the web with a text query: <search> query </search>. The results come back between <information> \
+and </information>. You may search several times.
+- answer as briefly as possible, and end: <answer> answer </answer>""",
+        "coding": """
+
+The image may be degraded. In every turn, first reason between <think> and </think>, then do exactly one of three things:
+- name what is wrong with the image, first of all: <problem> {'label', ...} </problem> with labels from rotation90, \
+rotation180, dark, overexposure, blur, noise, crop, none (crop: the question is about a part of the image);
+- repair it with Python between <code> and </code>, as a ```python block that reads 'path_to_input_image.jpg' and writes \
+'path_to_output_image.jpg' (Pillow, numpy or OpenCV). The processed image comes back;
+- answer as briefly as possible, and end: <answer> answer </answer>"""},
+}
+TIP_REPAIR = "Write the code."
+TIP_NONE = "Answer the question."
+IMAGE_READY = "The processed image."
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rollout may spend. A rollout that would exceed one ends there and keeps what it earned."""
+    max_turns: int = 5
+    max_new_tokens: int = 1024  # a turn
+    max_tokens: int = 8192  # prompt, actions and observations together
+    max_images: int = 6  # in the context, the prompt's included
+    batch_tokens: int = 16384  # rows × length of one `generate` call
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The live tools; None answers every call with "switched off"."""
+    code: CodeTool | None = None
+    search: SearchTool | None = None
+
+
+@dataclass
+class Turn:
+    """One action of the policy and what came back. `text` is for people and rewards; the ids are in the rollout."""
+    text: str
+    action: Action
+    result: ToolResult | None = None  # of a search or a code call
+    observation: str | None = None  # None where the rollout ended with this turn
+
+
+@dataclass
+class Rollout:
+    """One episode. All lists of length T run side by side."""
+    task: dict
+    ids: list[int]  # (T,)
+    action_mask: list[int]  # (T,) 1 where the policy sampled the token
+    logps: list[float]  # (T,) nats, as sampled; 0.0 where action_mask is 0
+    images: list[EncodedImage] = field(default_factory=list)  # in the order of their placeholders
+    pictures: list[Image.Image] = field(default_factory=list)  # the same as people see them
+    turns: list[Turn] = field(default_factory=list)
+    stop: str | None = None  # answer | turns | length | images | invalid; None while it lives
+    answer: str | None = None  # of the last turn, None if none was given
+
+
+@dataclass
+class Batch:
+    """B rollouts, padded on the right to T tokens."""
+    inputs: dict[str, torch.Tensor]  # as `model_inputs` makes them
+    action_mask: torch.Tensor  # (B, T) bool
+    sampled_logps: torch.Tensor  # (B, T) float32, nats
+    advantages: torch.Tensor  # (B,) float32
+
+
+Sampler = Callable[[list[Rollout]], list[tuple[list[int], list[float]]]]
+
+
+def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *, group_size: int = 1,
+             temperature: float = 1.0, prompt: str = "short",
+             sampler: Sampler | None = None) -> tuple[list[Rollout], dict[str, float]]:
+    """Play group_size episodes of each task with live tools. Returns B = P·G rollouts, those of a task side by side,
+    and seconds spent: {"generate", "tools"}.
+
+    temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces the policy by any other
+    source of actions (a recorded chain, a demonstrator); it gets the live rollouts and returns (ids, log-probs) for each.
+    Raises ValueError, naming the task, if a prompt leaves no room for one turn.
+    """
+    if sampler is None:
+        def sampler(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
+            return generate(policy, live, max_new_tokens=limits.max_new_tokens, temperature=temperature,
+                            batch_tokens=limits.batch_tokens)
+    rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
+    seconds = {"generate": 0.0, "tools": 0.0}
+    for turn in range(limits.max_turns):
+        live = [r for r in rollouts if r.stop is None]
+        if not live:
+            break
+        start = time.perf_counter()
+        for rollout, (ids, logps) in zip(live, sampler(live), strict=True):
+            _append_action(policy, rollout, ids, logps, last=turn == limits.max_turns - 1)
+        seconds["generate"] += time.perf_counter() - start
+        start = time.perf_counter()
+        acting = [r for r in live if r.stop is None]
+        for rollout, (result, text, picture) in zip(acting, _observe(acting, tools), strict=True):
+            _append_observation(policy, rollout, result, text, picture, limits)
+        seconds["tools"] += time.perf_counter() - start
+    return rollouts, seconds
+
+
+def _open(policy, task, limits, group_size, prompt):
+    """group_size fresh rollouts of one task; its image is loaded and encoded once."""
+    picture, image = None, None
+    if task["image"] is not None:
+        picture = task["image"] if isinstance(task["image"], Image.Image) else Image.open(task["image"])
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+        image = encode_image(policy, picture)
+    ids = encode_prompt(policy, task["question"] + PROMPTS[prompt][task["family"]], image)
+    if len(ids) + limits.max_new_tokens > limits.max_tokens:
+        raise ValueError(f"task {task['id']}: its prompt has {len(ids)} tokens and leaves no room for a turn of "
+                         f"{limits.max_new_tokens} within {limits.max_tokens}; raise --max_tokens or lower --max_pixels")
+    pictures, images = ([], []) if image is None else ([picture], [image])
+    return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images), list(pictures))
+            for _ in range(group_size)]
+
+
+def _append_action(policy, rollout, ids, logps, last):
+    """Append sampled ids as they are, parse their text, and end the rollout if nothing can follow."""
+    rollout.ids += ids
+    rollout.action_mask += [1] * len(ids)
+    rollout.logps += logps
+    ended = bool(ids) and ids[-1] == policy.end_id
+    text = policy.tokenizer.decode(ids[:-1] if ended else ids)
+    action = parse_action(text)
+    rollout.turns.append(Turn(text, action))
+    if not ended:
+        rollout.stop = "length"  # cut off in mid-turn: not an answer, even if one can be read in it
+    elif action.kind == "answer":
+        rollout.stop, rollout.answer = "answer", action.content
+    elif action.kind == "invalid":
+        rollout.stop = "invalid"
+    elif last:
+        rollout.stop = "turns"
+
+
+def _observe(rollouts, tools):
+    """[(tool result or None, text, new picture or None)] for rollouts whose last action is search, code or problem."""
+    actions = [r.turns[-1].action for r in rollouts]
+    results = dict.fromkeys(range(len(rollouts)), None)
+    searches = [i for i, a in enumerate(actions) if a.kind == "search"]
+    codes = [i for i, a in enumerate(actions) if a.kind == "code"]
+    if searches:
+        queries = [actions[i].content for i in searches]
+        found = tools.search.search_many(queries) if tools.search else [TOOLS_OFF] * len(queries)
+        results.update(zip(searches, found, strict=True))
+    if codes:
+        calls = [(actions[i].content, _code_input(rollouts[i])) for i in codes]
+        done = tools.code.run_many(calls) if tools.code else [TOOLS_OFF] * len(calls)
+        results.update(zip(codes, done, strict=True))
+    return [_observation(actions[i], results[i]) for i in range(len(rollouts))]
+
+
+def _code_input(rollout):
+    """Code reads the prompt's image: repairs do not pile up, as in the released chains. A blank stands in for none."""
+    return rollout.pictures[0] if rollout.pictures else Image.new("RGB", (28, 28))
+
+
+def _observation(action, result):
+    if action.kind == "problem":
+        return None, TIP_NONE if "none" in action.content else TIP_REPAIR, None
+    if action.kind == "search":
+        return result, f"<information> {result.text} </information>", None
+    return result, IMAGE_READY if result.ok else result.text, result.image
+
+
+def _append_observation(policy, rollout, result, text, picture, limits):
+    """Append a user turn, or end the rollout where the budget has no room for it and a whole turn after it."""
+    turn = rollout.turns[-1]
+    turn.result = result
+    image = encode_image(policy, picture) if picture is not None else None
+    if image is not None and len(rollout.images) >= limits.max_images:
+        rollout.stop = "images"
+        return
+    ids = encode_observation(policy, text, image)
+    if len(rollout.ids) + len(ids) + limits.max_new_tokens > limits.max_tokens:
+        rollout.stop = "length"
+        return
+    turn.observation = text
+    rollout.ids += ids
+    rollout.action_mask += [0] * len(ids)
+    rollout.logps += [0.0] * len(ids)
+    if image is not None:
+        rollout.images.append(image)
+        rollout.pictures.append(picture)
+
+
+def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:
+    """A sampler that plays recorded chains: chain_of(task) is the text of its turns. Log-probs are 0.0."""
+    def sample(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
+        chains = [chain_of(r.task) for r in live]
+        texts = [chain[len(r.turns)] for r, chain in zip(live, chains)]
+        actions = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.end_id] for text in texts]
+        return [(ids, [0.0] * len(ids)) for ids in actions]
+    return sample
+
+
+def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) -> Batch:
+    """Pad B rollouts to one batch; advantages are in their order. Images stay with the row that they belong to."""
+    inputs = model_inputs(policy, rollouts, "right")
+    length = inputs["input_ids"].shape[1]
+    mask = torch.tensor([r.action_mask + [0] * (length - len(r.ids)) for r in rollouts], device=policy.device)
+    logps = torch.tensor([r.logps + [0.0] * (length - len(r.ids)) for r in rollouts], device=policy.device)
+    return Batch(inputs, mask.bool(), logps, torch.tensor(advantages, dtype=torch.float32, device=policy.device))
+
+
+def micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list[float], tokens: int) -> list[Batch]:
+    """Cut rollouts into batches of at most `tokens` (rows × longest), those of like length together to save padding."""
+    by_length = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].ids))
+    batches, at = [], 0
+    for rows in split_by_tokens([rollouts[i] for i in by_length], tokens):
+        chosen = by_length[at:at + len(rows)]
+        batches.append(collate(policy, rows, [advantages[i] for i in chosen]))
+        at += len(rows)
+    return batches
