@@ -18,8 +18,8 @@ Covered by the code tool, each line with its test in tests/test_tools.py (L: on 
 - a forged or malformed reply, a killed server                        test_forged_reply, test_killed_server
 - the trainer dies: so do its servers and their calls                 test_trainer_killed
 Not covered, on purpose; for these run the trainer in a container: other files that the user may read or write, signals
-to the user's other processes (a daemon of code that also kills its server lives on), fork bombs, a disk filled with many
-files, bugs of the kernel. Windows is not supported.
+to the user's other processes (a daemon of code that also kills its server lives on), fork bombs, a disk filled with
+many files, bugs of the kernel. Windows is not supported.
 """
 import ctypes
 import json
@@ -74,8 +74,8 @@ TAG = re.compile(r"<(/?)(search|problem|code|answer)>")
 def parse_action(text: str) -> Action:
     """The action of a turn: the only `<tag>…</tag>` behind the first `</think>` (in all of the text without it).
 
-    The content is stripped, code also of its ``` fence. Anything but one opening tag and its closing tag (a third action
-    tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length of the text.
+    The content is stripped, code also of its ``` fence. Anything but one opening tag and its closing tag (a third
+    action tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length of the text.
     """
     _, think, after = text.partition("</think>")
     turn = after if think else text
@@ -342,6 +342,8 @@ def open_sqlite(path: str):
     else:
         raise ValueError(f"a corpus is a .jsonl file or an existing .db file, not {path!r}")
 
+    database.execute("SELECT title, text FROM docs LIMIT 1")  # a wrong database fails here, not in the middle of a run
+
     def search(query: str, topk: int) -> list[tuple[str, float]]:
         words = dict.fromkeys(re.findall(r"\w+", query.lower()))
         # Quoted words are never FTS5 syntax. 64 are plenty: its expression tree has a limited depth.
@@ -357,10 +359,12 @@ def _read_corpus(path: str):
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("no JSON object")
                 title, text = row.get("title", ""), row.get("contents", row.get("text"))
                 if not isinstance(title, str) or not isinstance(text, str) or not text.strip():
                     raise ValueError('needs a text under "contents" or "text"; "title" is a text too, if given')
-            except (ValueError, AttributeError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, row {number}: {error}") from error
             yield title, text
 

@@ -186,7 +186,8 @@ def test_state_does_not_leak(tool, image):
 
 
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(30)", "9 ** 9 ** 9",
-                                  "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass"])
+                                  "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
+                                  "while True: pass"])
 def test_time_limit(code, image):
     with CodeTool(workers=1, timeout=0.5) as tool:
         started = time.monotonic()
@@ -272,8 +273,8 @@ def test_a_claimed_size_is_refused_before_decoding(tool, image):
     code = """
         import struct, zlib
         header = b'IHDR' + struct.pack('>IIBBBBB', 50_000, 50_000, 8, 2, 0, 0, 0)
-        with open('path_to_output_image.jpg', 'wb') as file:
-            file.write(b'\\x89PNG\\r\\n\\x1a\\n' + struct.pack('>I', 13) + header + struct.pack('>I', zlib.crc32(header)))"""
+        start = b'\\x89PNG\\r\\n\\x1a\\n' + struct.pack('>I', 13)
+        open('path_to_output_image.jpg', 'wb').write(start + header + struct.pack('>I', zlib.crc32(header)))"""
     result = tool.run(textwrap.dedent(code), image)
     assert result.error == "bad_image" and result.seconds < 1.0
 
@@ -286,7 +287,7 @@ def test_a_shape_at_the_limits_is_accepted(tool, image):
 # The child's line to the server is the only socket above its three standard files.
 FORGE = """
 import os, stat, struct
-line = next(fd for fd in range(3, 20) if stat.S_ISSOCK(os.fstat(fd).st_mode))
+line = next(fd for fd in map(int, os.listdir('/dev/fd')) if fd > 2 and stat.S_ISSOCK(os.fstat(fd).st_mode))
 os.write(line, {frame})
 os._exit(0)
 """
@@ -303,8 +304,7 @@ os._exit(0)
     ("struct.pack('!IIII', 2, 9_000, 0, 0) + bytes(9_000)", "exception"),
 ])
 def test_forged_reply(tool, image, frame, error):
-    result = tool.run(FORGE.replace("range(3, 20) if", "range(3, 20) if os.path.exists(f'/dev/fd/{fd}') and").replace(
-        "{frame}", frame), image)
+    result = tool.run(FORGE.replace("{frame}", frame), image)
     assert (result.ok, result.image, result.error) == (False, None, error)
     assert len(result.text) <= 2_000
     assert tool.run(COPY, image).ok
@@ -319,7 +319,7 @@ def test_killed_server(image):
 
 @on_linux
 def test_trainer_killed(tmp_path):
-    pid_file = tmp_path / "pid"
+    pid_file, known = tmp_path / "pid", servers_beyond(set())
     code = DAEMON.format(pid_file=str(pid_file)) + "time.sleep(30)"
     trainer = subprocess.Popen([sys.executable, "-c", "from PIL import Image; from tools import CodeTool\n"
                                 f"CodeTool(1, 1.0).run({code!r}, Image.new('RGB', (30, 30)))"], cwd=ROOT)
@@ -328,7 +328,7 @@ def test_trainer_killed(tmp_path):
     trainer.kill()
     trainer.wait()
     assert wait_for(lambda: not is_alive(daemon), 5)
-    assert wait_for(lambda: not servers_beyond(set()), 5)
+    assert wait_for(lambda: not servers_beyond(known), 5)
 
 
 def servers_beyond(known):
@@ -348,7 +348,8 @@ def test_results_stand_in_the_order_of_the_calls(image):
     codes = [f"from PIL import Image; import time; time.sleep({0.3 if side == 30 else 0})\n"
              f"Image.new('RGB', ({side}, {side})).save({OUTPUT!r})" for side in (30, 31, 32, 33, 34)]
     with CodeTool(workers=2) as tool:
-        assert [result.image.width for result in tool.run_many([(code, image) for code in codes])] == [30, 31, 32, 33, 34]
+        results = tool.run_many([(code, image) for code in codes])
+        assert [result.image.width for result in results] == [30, 31, 32, 33, 34]
         assert tool.run_many([]) == []
 
 
@@ -365,7 +366,7 @@ def test_close_leaves_nothing_behind(image):
     tool = CodeTool(workers=2)
     folder = Path(tool._folder.name)
     assert tool.run(COPY, image).ok and len(servers_beyond(known)) == 2
-    assert [path for server in folder.iterdir() for path in [server]] == []  # the folder of a call goes with it
+    assert list(folder.iterdir()) == []  # the folder of a call goes with it
     tool.close()
     assert servers_beyond(known) == set() and not folder.exists()
     tool.close()
@@ -413,8 +414,8 @@ def test_topk_limits_the_passages(tmp_path):
     assert counts == [1, 2, 3, 3]
 
 
-@pytest.mark.parametrize("query", ['" OR NEAR( *', "title:oslo) AND", "-oslo^2 {x}", "'; DROP TABLE docs; --", "\0\ud800 ü _",
-                                   "NOT", "a " * 50_000, " ".join(map(str, range(5_000)))])
+@pytest.mark.parametrize("query", ['" OR NEAR( *', "title:oslo) AND", "-oslo^2 {x}", "'; DROP TABLE docs; --", "NOT",
+                                   "\0\ud800 ü _", "a " * 50_000, " ".join(map(str, range(5_000)))])
 def test_no_query_is_syntax(search, query):
     assert search.search_many([query])[0].error in (None, "no_results")
     assert search.search_many(["oslo"])[0].ok
@@ -428,8 +429,8 @@ def test_failures_are_results(search):
 
 
 @pytest.mark.parametrize("row, reason", [('{"id": 1,', "Expecting property name"), ("[1]", "no JSON object"),
-                                         ('{"id": 1}', "contents"), ('{"text": 7}', "contents"), ("", "Expecting value"),
-                                         ('{"text": "a", "title": 1}', "title")])
+                                         ('{"id": 1}', "contents"), ('{"text": 7}', "contents"),
+                                         ("", "Expecting value"), ('{"text": "a", "title": 1}', "title")])
 def test_a_bad_row_is_named(tmp_path, row, reason):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"id": 0, "text": "fine"}\n' + row + "\n")
