@@ -154,6 +154,7 @@ def _load_sharded(name, config, device):
         model.get_buffer(buffer_name).copy_(value)
     with torch.no_grad():  # FSDP sets itself up in the root's first forward, but generate begins with the vision tower
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+        model.reshard()  # the root stays whole after a forward; an optimizer must be given its shards
     return model, rest[1]
 
 

@@ -12,8 +12,9 @@ Rollouts know nothing of rewards: the caller scores them, and evaluation uses th
 Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens.
 """
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
@@ -215,6 +216,23 @@ def _append_observation(policy, rollout, result, text, picture, limits):
     if image is not None:
         rollout.images.append(image)
         rollout.pictures.append(picture)
+
+
+def rollout_row(rollout: Rollout, folder: Path, name: str) -> dict:
+    """A rollout as a JSON row for people; the images that its tools made are written to folder/name-TURN.png."""
+    turns = []
+    for n, turn in enumerate(rollout.turns):
+        row = {"text": turn.text, "action": turn.action.kind, "observation": turn.observation}
+        if turn.result is not None:
+            row |= {"ok": turn.result.ok, "error": turn.result.error, "seconds": round(turn.result.seconds, 4)}
+            if turn.result.image is not None:
+                row["image"] = f"{name}-{n}.png"
+                (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)
+                turn.result.image.save(folder / row["image"])
+        turns.append(row)
+    task = rollout.task
+    return {"id": task["id"], "question": task["question"], "image": str(task["image"]), "turns": turns,
+            "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop, "tokens": len(rollout.ids)}
 
 
 def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:

@@ -239,7 +239,7 @@ def _serve_call(code: str, image: Image.Image, timeout: float) -> tuple[int, str
 
 def _kill_tree(child: int) -> None:
     """Kills and reaps the child and all that it started; a process that dies hands its orphans to us (Linux)."""
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):  # the group is not there yet, or only as zombies (macOS)
         os.killpg(child, signal.SIGKILL)
     os.kill(child, signal.SIGKILL)
     with suppress(ChildProcessError):  # nothing is left
@@ -346,7 +346,7 @@ def open_sqlite(path: str):
 
     def search(query: str, topk: int) -> list[tuple[str, float]]:
         words = dict.fromkeys(re.findall(r"\w+", query.lower()))
-        # Quoted words are never FTS5 syntax. 64 are plenty: its expression tree has a limited depth.
+        # Quoted words are never FTS5 syntax; 64 of them are plenty, and thousands would take seconds.
         match = " OR ".join(f'"{word}"' for word in list(words)[:64])
         order = "SELECT text, -bm25(docs) FROM docs WHERE docs MATCH ? ORDER BY bm25(docs), rowid LIMIT ?"
         return database.execute(order, (match, topk)).fetchall() if match else []

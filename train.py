@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from evaluate import evaluate_tasks, load_tasks
+from evaluate import load_tasks, success_rates
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import MAX_PIXELS, MIN_PIXELS, Policy, check_model, export, gathered, load_policy, pick_device, score
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
-from rollout import PROMPTS, Limits, Rollout, Tools, micro_batches, roll_out
+from rollout import PROMPTS, Limits, Rollout, Tools, micro_batches, roll_out, rollout_row
 from tools import CodeTool, SearchTool, parse_action
 
 
@@ -67,8 +67,6 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     beta: float = flag(0.04, "weight of the KL to the starting model; 0 loads no reference")
     loss: str = flag("grpo", f"one of {', '.join(LOSSES)}")
-    clip_low: float = flag(0.2, "ratio is clipped below 1 - clip_low")
-    clip_high: float = flag(0.2, "ratio is clipped above 1 + clip_high")
     rewards: str = flag("", "weights of reward parts, like accuracy=1,problem=0.5; others keep their default")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     min_pixels: int = flag(MIN_PIXELS, "of an image after resizing")
@@ -84,8 +82,7 @@ class Config:
     resume: bool = flag(False, "go on from the newest checkpoint in output_dir")
 
     def __post_init__(self):
-        choices = {"mode": ("episode", "step"), "prompt": tuple(PROMPTS), "loss": LOSSES}
-        for name, allowed in choices.items():
+        for name, allowed in {"mode": ("episode", "step"), "prompt": tuple(PROMPTS), "loss": LOSSES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
         if self.group_size < 2:
@@ -164,7 +161,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
     real = batches[:num_real]
     counts = all_reduce({"rollouts": sum(len(b.advantages) for b in real),
                          "tokens": sum(int(b.action_mask.sum()) for b in real)})
-    sums, gap = {"loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0}, 0.0
+    sums, gap = {"loss": 0.0, "kl": 0.0, "entropy": 0.0}, 0.0
     policy.model.train()
     for i, (batch, ref) in enumerate(zip(batches, ref_logps, strict=True)):
         policy.model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients meet once an update
@@ -172,10 +169,9 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
         weights = token_weights(batch.action_mask, config.loss, num_rollouts=counts["rollouts"],
                                 num_tokens=counts["tokens"], max_tokens=config.max_turns * config.max_new_tokens)
         weights = weights * (i < num_real)  # (B, T); 0 for a batch that only fills up
-        loss, parts = policy_loss(logps, batch.advantages, weights, ref_logps=ref, beta=config.beta,
-                                  clip_low=config.clip_low, clip_high=config.clip_high)
+        loss, parts = policy_loss(logps, batch.advantages, weights, ref_logps=ref, beta=config.beta)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
-        for name, value in {"loss": loss, "entropy": (weights * entropy).sum(), **parts}.items():
+        for name, value in {"loss": loss, "kl": parts["kl"], "entropy": (weights * entropy).sum()}.items():
             sums[name] += value.item()
         gap = max(gap, ((logps - batch.sampled_logps).abs() * batch.action_mask).max().item())
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
@@ -209,26 +205,34 @@ def gather(rows: list) -> list:
 # ------------------------------------------------------------------------------------------------- what a run leaves behind
 
 
-def rollout_rows(rollouts: list[Rollout], parts: list[dict], rewards: list[float], advantages: list[float], step: int,
-                 folder: Path) -> list[dict]:
-    """This rank's rollouts as JSON rows for people; processed images are written as PNG beside them."""
-    images = folder / f"step_{step}"
-    images.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i, r in enumerate(rollouts):
-        turns = []
-        for n, turn in enumerate(r.turns):
-            row = {"text": turn.text, "action": turn.action.kind, "observation": turn.observation}
-            if turn.result is not None:
-                row |= {"ok": turn.result.ok, "error": turn.result.error, "seconds": round(turn.result.seconds, 4)}
-                if turn.result.image is not None:
-                    row["image"] = f"step_{step}/{dist.get_rank()}-{i}-{n}.png"
-                    turn.result.image.save(folder / row["image"])
-            turns.append(row)
-        rows.append({"id": r.task["id"], "question": r.task["question"], "image": r.task["image"], "turns": turns,
-                     "answer": r.answer, "answers": r.task["answers"], "stop": r.stop, "tokens": len(r.ids),
-                     "reward_parts": parts[i], "reward": rewards[i], "advantage": advantages[i]})
-    return rows
+def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: list[float], advantages: list[float],
+             metrics: dict[str, float], seconds: dict[str, float], clock: float, config: Config) -> dict:
+    """Write a row of metrics.jsonl and, now and then, the rollouts; returns the row. The README defines every metric."""
+    out = Path(config.output_dir)
+    if step == 1 or step % config.rollouts_every == 0 or step == config.steps:
+        rows = gather([{**rollout_row(r, out / "rollouts", f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
+                        "reward": rewards[i], "advantage": advantages[i]} for i, r in enumerate(rollouts)])
+        if dist.get_rank() == 0:
+            (out / "rollouts" / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = gather([{
+        "reward": rewards[i], "success": exact_match(r.answer, r.task["answers"]),
+        **{f"reward_{name}": value for name, value in parts[i].items()}, "turns": len(r.turns),
+        "stop_length": r.stop == "length", "stop_invalid": r.stop == "invalid", "flat_groups": advantages[i] == 0.0,
+        "errors": [not turn.result.ok for turn in r.turns if turn.result is not None]} for i, r in enumerate(rollouts)])
+    errors = [error for sample in samples for error in sample.pop("errors")]
+    names = sorted({name for sample in samples for name in sample})
+    spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
+    row = {"step": step, **{name: mean([sample[name] for sample in samples if name in sample]) for name in names},
+           "tool_errors": mean(errors), **metrics, "lr": learning_rate(step - 1, config),
+           "tokens_per_s": metrics["tokens"] / spent["all"], "seconds": spent.pop("all"),
+           **{f"seconds_{name}": value for name, value in spent.items()}}
+    if dist.get_rank() == 0:
+        append_json(out / "metrics.jsonl", row)
+    return row
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)
 
 
 def append_json(path: Path, row: dict) -> None:
@@ -281,42 +285,32 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> 
 
 
 def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, config: Config) -> None:
-    """Success on held-out tasks, on all ranks together, as a row of evaluations.jsonl; done once for each (step, tools)."""
+    """Success on held-out tasks, shared by all ranks, as a row of evaluations.jsonl; done once for each (step, tools)."""
     path = Path(config.output_dir) / "evaluations.jsonl"
     label = "on" if tools.code or tools.search else "off"
     if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
         return
     start = time.perf_counter()
     seed_step(config, -1 - step)
-    mine = tasks[dist.get_rank()::dist.get_world_size()]
     with gathered(policy):
-        rollouts, _ = roll_out(policy, mine, tools, replace(config.limits(), max_turns=config.max_turns),
+        rollouts, _ = roll_out(policy, tasks[dist.get_rank()::dist.get_world_size()], tools,
+                               replace(config.limits(), max_turns=config.max_turns),
                                temperature=config.eval_temperature, prompt=config.prompt)
-    rows = gather([{"family": r.task["family"], "type": "+".join(r.task["type"]) or r.task["family"],
-                    "success": exact_match(r.answer, r.task["answers"])} for r in rollouts])
-
-    def share(key: str) -> dict[str, float]:
-        groups = {value: [row["success"] for row in rows if row[key] == value] for value in sorted({r[key] for r in rows})}
-        return {value: round(sum(hits) / len(hits), 4) for value, hits in groups.items()}
-
-    success = sum(row["success"] for row in rows) / len(rows)
-    result = {"step": step, "tools": label, "success": round(success, 4), "n": len(rows), "by_family": share("family"),
-              "by_type": share("type")}
+    rates = success_rates(gather([(r.task["family"], r.task["type"], r.answer, r.task["answers"]) for r in rollouts]))
     if dist.get_rank() == 0:
-        append_json(path, result)
-        kinds = "  ".join(f"{kind} {value:.0%}" for kind, value in result["by_type"].items())
-        print(f"held-out success, tools {label}: {success:.1%} of {len(rows)}   ({kinds})   "
+        append_json(path, {"step": step, "tools": label, **rates})
+        kinds = "  ".join(f"{kind} {value:.0%}" for kind, value in rates["by_type"].items())
+        print(f"held-out success, tools {label}: {rates['success']:.1%} of {rates['n']}   ({kinds})   "
               f"{time.perf_counter() - start:.0f} s", flush=True)
-    dist.barrier()
+    dist.barrier()  # the row is there before any rank looks for it
 
 
 def write_summary(config: Config, seconds: float) -> dict:
     """summary.json: held-out success before, after and with the tools switched off, in all and by family and type."""
     out = Path(config.output_dir)
     rows = read_json_lines(out / "evaluations.jsonl")
-    picked = {"before": next((r for r in rows if r["step"] == 0 and r["tools"] == "on"), {}),
-              "after": next((r for r in rows if r["step"] == config.steps and r["tools"] == "on"), {}),
-              "tools_off": next((r for r in rows if r["step"] == config.steps and r["tools"] == "off"), {})}
+    wanted = {"before": (0, "on"), "after": (config.steps, "on"), "tools_off": (config.steps, "off")}
+    picked = {when: next((r for r in rows if (r["step"], r["tools"]) == key), {}) for when, key in wanted.items()}
     summary = {f"success_{when}": row.get("success") for when, row in picked.items()}
     for key in ("by_family", "by_type"):
         summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
@@ -441,39 +435,6 @@ def main(config: Config) -> None:
         print(json.dumps(summary))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: list[float], advantages: list[float],
-             metrics: dict[str, float], seconds: dict[str, float], clock: float, config: Config) -> dict:
-    """Write a row of metrics.jsonl and, now and then, the rollouts; returns the row. Means are over the rollouts of all ranks."""
-    if step == 1 or step % config.rollouts_every == 0 or step == config.steps:
-        folder = Path(config.output_dir) / "rollouts"
-        rows = gather(rollout_rows(rollouts, parts, rewards, advantages, step, folder))
-        if dist.get_rank() == 0:
-            (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calls = [turn.result for r in rollouts for turn in r.turns if turn.result is not None]
-    names = sorted({name for p in gather(parts) for name in p}, key=list(WEIGHTS | STEP_WEIGHTS).index)
-    values = {"n": len(rollouts), "reward": sum(rewards),
-              "success": sum(exact_match(r.answer, r.task["answers"]) for r in rollouts),
-              "turns": sum(len(r.turns) for r in rollouts), "calls": len(calls), "errors": sum(not c.ok for c in calls),
-              "length": sum(r.stop == "length" for r in rollouts), "invalid": sum(r.stop == "invalid" for r in rollouts),
-              "flat": sum(advantage == 0 for advantage in advantages)}
-    for name in names:
-        held = [p[name] for p in parts if name in p]
-        values |= {f"reward_{name}": sum(held), f"n_{name}": len(held)}
-    total = all_reduce(values)
-    spent = all_reduce(seconds, dist.ReduceOp.MAX)
-    elapsed = time.perf_counter() - clock
-    row = {"step": step, "reward": total["reward"] / total["n"], "success": total["success"] / total["n"],
-           **{f"reward_{name}": total[f"reward_{name}"] / max(total[f"n_{name}"], 1) for name in names},
-           "turns": total["turns"] / total["n"], "tool_errors": total["errors"] / max(total["calls"], 1),
-           "stop_length": total["length"] / total["n"], "stop_invalid": total["invalid"] / total["n"],
-           "flat_groups": total["flat"] / total["n"], **metrics, "lr": learning_rate(step - 1, config),
-           "tokens_per_s": metrics["tokens"] / elapsed, "seconds": elapsed,
-           **{f"seconds_{name}": value for name, value in spent.items()}}
-    if dist.get_rank() == 0:
-        append_json(Path(config.output_dir) / "metrics.jsonl", row)
-    return row
 
 
 if __name__ == "__main__":

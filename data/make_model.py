@@ -17,6 +17,7 @@ Their facts come from other corpora than the one shipped: what is to be learnt i
 import argparse
 import io
 import json
+import math
 import random
 import sys
 import tempfile
@@ -31,7 +32,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import make_tasks
-from grpo import token_weights
 from model import encode_image, encode_prompt, load_policy, score
 from reward import exact_match
 from rollout import (IMAGE_READY, PROMPTS, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate, micro_batches, replay,
@@ -108,7 +108,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForCo
 
 def caption(policy, rng):
     """A sign or a flag as it may look after a repair, and its name as the assistant's turn."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         name = rng.choice(list(make_tasks.FLAGS))
         question, picture = CAPTIONS["flag"], make_tasks.make_flag(rng, name)
     else:
@@ -155,22 +155,30 @@ def chains(policy, tasks, chain):
     return replay(policy, lambda task: drawn[task["id"]])
 
 
-def cross_entropy_step(policy, optimizer, rows):
-    """One step of Adam on the mean over rows of the mean over their action tokens; returns that mean by row, in nats.
-
-    By row, as GRPO weighs rollouts: a caption of two tokens counts as much as a demonstration of a hundred.
-    """
-    losses = []
-    for batch in micro_batches(policy, rows, [0.0] * len(rows), 8192):
-        logps, _ = score(policy, batch.inputs, batch.action_mask, 1.0)
-        weights = token_weights(batch.action_mask, "grpo", num_rollouts=1, num_tokens=0, max_tokens=0)  # (B, T)
-        by_row = -(weights * logps).sum(dim=1)  # (B,)
-        (by_row.sum() / len(rows)).backward()
-        losses += by_row.tolist()
+def cross_entropy_step(policy, optimizer, rows, caption_weight):
+    """One step of Adam on the sum over action tokens, captions weighing more; returns the mean of each, in nats."""
+    sums, counts = {"caption": 0.0, "demonstration": 0.0}, {"caption": 0, "demonstration": 0}
+    for name, weight in (("caption", caption_weight), ("demonstration", 1.0)):
+        part = [r for r in rows if bool(r.turns) == (name == "demonstration")]
+        for batch in micro_batches(policy, part, [0.0] * len(part), 8192):
+            logps, _ = score(policy, batch.inputs, batch.action_mask, 1.0)
+            (-weight * logps.sum() / len(rows)).backward()
+            sums[name] -= logps.sum().item()
+            counts[name] += int(batch.action_mask.sum())
     torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return losses
+    return {name: sums[name] / max(counts[name], 1) for name in sums}
+
+
+@torch.no_grad()
+def print_hard_tokens(policy, rollouts):
+    """Tokens of demonstrations that the model is unsure of, with their probability in percent: the decisions not yet learnt."""
+    for r in rollouts:
+        batch = collate(policy, [r], [0.0])
+        logps = score(policy, batch.inputs, batch.action_mask, 1.0)[0][0].tolist()
+        print("  ", " ".join(f"{policy.tokenizer.decode([i])!r}:{100 * math.exp(p):.0f}"
+                             for i, p, m in zip(r.ids, logps, r.action_mask) if m and p < -0.2), flush=True)
 
 
 def success(policy, code_tool, num, temperature):
@@ -188,7 +196,7 @@ def success(policy, code_tool, num, temperature):
 
 def train(policy, code_tool, args):
     rng = random.Random(args.seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.95))
     start = time.perf_counter()
     right = demonstrations(policy, rng, code_tool, args.demonstrations, make_tasks.right_chain)
     print(f"{len(right)} right demonstrations, {time.perf_counter() - start:.0f} s", flush=True)
@@ -205,11 +213,13 @@ def train(policy, code_tool, args):
         if not noisy:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / args.right_steps)
-        losses = sorted(cross_entropy_step(policy, optimizer, rows), key=len) if False else cross_entropy_step(policy, optimizer, rows)
+        losses = cross_entropy_step(policy, optimizer, rows, args.caption_weight)
         if step % 20 == 0:
-            print(f"step {step}  loss {sum(losses[:args.captions])/args.captions:.3f} {sum(losses[args.captions:])/args.batch:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"step {step}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+                  + f"  {time.perf_counter() - start:.0f} s", flush=True)
         if step % args.check == args.check - 1:
             print("  right", success(policy, code_tool, 48, 1.0), flush=True)
+            print_hard_tokens(policy, rows[:4])
 
 
 def main():
@@ -221,8 +231,9 @@ def main():
     parser.add_argument("--demonstrations", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--captions", type=int, default=24, help="captions a step")
+    parser.add_argument("--caption_weight", type=float, default=3.0, help="of a caption's token in the loss")
     parser.add_argument("--noise", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--noisy_lr", type=float, default=3e-4)
     parser.add_argument("--check", type=int, default=100)
     args = parser.parse_args()

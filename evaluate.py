@@ -1,0 +1,278 @@
+"""Evaluate a policy on a benchmark, or score a file of predictions again.
+
+    python evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --prompt full --tasks MAT-Search.json --benchmark mat-search
+    python evaluate.py --rescore runs/evaluate/predictions.json --benchmark mat-coding
+
+`load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is loaded;
+`evaluate_tasks` plays each task once, greedily, with live tools; `score` averages over all tasks of a split, unanswered
+ones included. Standard output ends with a line of JSON: {"all": {"f1", "em", "n"}, "simple": …, "hard": …}.
+Left out on purpose: sampling and votes (greedy decoding draws no random numbers: there is no seed), several GPUs, and
+the released evaluation's habit of replacing the crop box in the model's code by the one in the question.
+"""
+import json
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from reward import exact_match, f1_score
+from tools import CodeTool, SearchTool
+
+Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle"]
+SIMPLE_FIRST = {"mat-coding": (70, 200), "mat-search": (75, 150)}  # the first n of N tasks are simple, the rest hard
+FAMILIES = ("search", "coding")
+ANSWER_KEYS = ("answers", "answer", "golden_answers", "gt")  # MAT-Coding, MAT-Search, FlashRAG, MAT's training steps
+
+
+def load_tasks(path: str | Path, benchmark: str | None = None, image_folder: str | Path | None = None,
+               limit: int | None = None) -> list[dict]:
+    """Read tasks of any layout: MAT-Search, MAT-Coding, FlashRAG jsonl, MAT's training steps, and ours.
+
+    A task has the keys id, family ("search" or "coding"), question, answers (list of str), image (absolute path, None
+    for text only), type (list of str), split (the row's own; or "simple", "hard" by the order of a complete MAT file;
+    or "all") and solution (the gold turn of a step, else None). The question of a step is its `problem` with the chain
+    so far. Images lie in image_folder, or else beside the file, in its `<stem>-image` or its `<stem>_images`. With a
+    benchmark, rows are taken as published: one of MAT-Search has an empty gold, which is refused otherwise. limit keeps
+    the first tasks. Raises ValueError "file, row N: reason; way out", with N from 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} leaves no task; give at least 1")
+    rows, near = _read_rows(path), Path(path).with_suffix("")
+    folders = [Path(image_folder)] if image_folder else [near.parent, Path(f"{near}-image"), Path(f"{near}_images")]
+    check_image = cache(_check_image)  # steps share their images
+
+    def read(row, number):
+        task = _task(row, number, folders, blank_allowed=benchmark is not None)
+        if task["image"] is not None:
+            check_image(task["image"])
+        return {**task, "split": _split(row, number, len(rows), benchmark)}
+
+    return _each(path, rows[:limit], read)
+
+
+def _read_rows(path):
+    """The rows of a JSON list, or of a .jsonl file with one object a line."""
+    data, is_jsonl = Path(path).read_bytes(), Path(path).suffix == ".jsonl"
+    parts = data.split(b"\n") if is_jsonl else [data]
+    values = [_parse(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]
+    rows = values if is_jsonl or not values else values[0]
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: must be a list of rows, got {str(rows)[:40]}; write [{{…}}], or one {{…}} a line in .jsonl")
+    return rows
+
+
+def _parse(data, path, line):
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
+        line += getattr(error, "lineno", 1) - 1
+        raise ValueError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)}); mend the line") from None
+
+
+def _each(path, rows, read):
+    """[read(row, number)], with the place of a bad row in its error. Ids (or else numbers) must be distinct."""
+    results, row_of = [], {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"is no object but {type(row).__name__}; write {{\"id\": …}}")
+            results.append(read(row, number))
+            first = row_of.setdefault(str(row.get("id", number)), number)
+            if first != number:
+                raise ValueError(f"has the id {row.get('id', number)!r} of row {first}; give every row its own")
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
+    return results
+
+
+def _split(row, number, num_rows, benchmark):
+    num_simple, num_tasks = SIMPLE_FIRST.get(benchmark, (0, 0))
+    by_order = "simple" if number <= num_simple else "hard"
+    return row.get("split") or (by_order if num_rows == num_tasks else "all")
+
+
+def _task(row, number, folders, blank_allowed):
+    is_step, kinds = "solution" in row, row.get("type") or []
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    # MAT's rows do not name their family: those of coding have two images, or, as steps, a type.
+    is_coding = "processed_image_path" in row or (is_step and "type" in row)
+    family = row.get("family") or FAMILIES[is_coding]
+    if family not in FAMILIES:
+        raise ValueError(f"family is {family!r}; take one of {', '.join(FAMILIES)}")
+    question = _text(row, "problem" if is_step else "question")
+    if is_step and row.get("context") and row["context"] not in question:
+        question = f"{question}\n{row['context']}"  # MAT's coding steps keep the chain so far apart
+    key = next((key for key in ANSWER_KEYS if key in row), "answers")
+    answers = [] if is_step and not row.get(key) else _golds(row, key, blank_allowed)
+    return {"id": row.get("id", number), "family": family, "question": question, "answers": answers,
+            "image": _find_image(row, kinds, folders), "type": kinds,
+            "solution": _text(row, "solution") if is_step else None}
+
+
+def _text(row, key):
+    if not isinstance(row.get(key), str) or not row[key].strip():
+        raise ValueError(f"{key} must be a text, got {row.get(key)!r}; add \"{key}\": \"…\"")
+    return row[key]
+
+
+def _golds(row, key, blank_allowed):
+    golds = [row[key]] if isinstance(row.get(key), str) else row.get(key)
+    if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) for gold in golds):
+        raise ValueError(f"{key} must be one or more texts, got {golds!r}; add \"{key}\": [\"…\"]")
+    if not blank_allowed and not all(map(str.strip, golds)):
+        raise ValueError(f"{key} has an empty text, {golds!r}; fill it in or remove the row")
+    return golds
+
+
+def _find_image(row, kinds, folders):
+    """The path of the input image; MAT-Coding shows the original for a crop, the processed one otherwise."""
+    if "golden_answers" in row:
+        return None
+    key = "ori_image_path" if kinds == ["crop"] else "processed_image_path"
+    key = key if key in row else "image_path"
+    name = _text(row, key)
+    found = [folder / name for folder in folders if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{key} {name!r} is not in {', '.join(map(str, folders))}; put it there or give its folder")
+    return str(found[0].resolve())
+
+
+def _check_image(path):
+    """Read an image to its end: a damaged one must not stop a run after hours."""
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size, still to its end
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read ({error}); replace it or remove the row") from None
+
+
+def score(predictions: list[dict], benchmark: str | None = None) -> dict[str, dict[str, float]]:
+    """Average F1 and exact match in percent, to the two decimals that the paper prints, and the number of rows n.
+
+    A prediction has `pred_answer` (str, or None for no answer), `gt` (str or list of str) and perhaps `split`. Returns
+    {"all": {"f1", "em", "n"}}, and the same for "simple" and "hard" where rows say so or the file is a complete MAT
+    benchmark in order. MAT-Coding counts Chinese by characters; all others count words.
+    """
+    rows = {"all": [], "simple": [], "hard": []}
+    for number, row in enumerate(predictions, start=1):
+        golds = [row["gt"]] if isinstance(row["gt"], str) else row["gt"]
+        figures = [measure(row["pred_answer"], golds, benchmark == "mat-coding") for measure in (f1_score, exact_match)]
+        for name in {"all", _split(row, number, len(predictions), benchmark)} & set(rows):
+            rows[name].append(figures)
+    percent = {name: [round(100 * sum(column) / len(part), 2) for column in zip(*part, strict=True)]
+               for name, part in rows.items() if part}
+    return {name: {"f1": f1, "em": em, "n": len(rows[name])} for name, (f1, em) in percent.items()}
+
+
+def success_rates(episodes: list[tuple[str, list[str], str | None, list[str]]]) -> dict:
+    """Shares of exact matches, 0 to 1, in all, by family and by type, of (family, types, answer, golds) of each episode."""
+    hits = {"all": {}, "by_family": {}, "by_type": {}}
+    for family, types, answer, golds in episodes:
+        for key, group in (("all", "all"), ("by_family", family), ("by_type", "+".join(types) or family)):
+            hits[key].setdefault(group, []).append(exact_match(answer, golds))
+    rates = {key: {group: round(sum(v) / len(v), 4) for group, v in sorted(groups.items())} for key, groups in hits.items()}
+    return {"success": rates.pop("all")["all"], "n": len(episodes), **rates}
+
+
+def rescore(path: str | Path, benchmark: str) -> dict[str, dict[str, float]]:
+    """`score` of a file of predictions, .json or .jsonl. Raises ValueError "file, row N: reason; way out"."""
+    return score(_each(path, _read_rows(path), _prediction), benchmark)
+
+
+def _prediction(row, number):
+    _golds(row, "gt", blank_allowed=True)
+    if not isinstance(row.get("pred_answer", 0), str | None):
+        raise ValueError(f"pred_answer must be a text, or null for no answer, got {row.get('pred_answer')!r}; add it")
+    return row
+
+
+def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str | None = None, batch_size: int = 8,
+                   prompt: str = "short", output_dir: str | Path | None = None) -> dict[str, dict[str, float]]:
+    """Play every task once, greedily, batch_size tasks side by side; returns their `score`.
+
+    policy, tools, limits and prompt are those of `rollout.roll_out`. Into output_dir go predictions.json (a row a task:
+    id, gt, pred_answer, split) and scores.json; on standard error it says how episodes ended and how tools fared.
+    """
+    from rollout import roll_out  # not at the top: torch takes seconds to load, and rescoring does without
+    if output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # first, so that it fails now and not after hours
+    rollouts = []
+    for start in tqdm(range(0, len(tasks), batch_size), desc="evaluate", unit="batch"):
+        rollouts += roll_out(policy, tasks[start:start + batch_size], tools, limits, temperature=0.0, prompt=prompt)[0]
+    rows = [{"id": r.task["id"], "gt": r.task["answers"], "pred_answer": r.answer, "split": r.task["split"]}
+            for r in rollouts]
+    scores = score(rows, benchmark)
+    for name, value in {"predictions.json": rows, "scores.json": scores}.items() if output_dir else ():
+        Path(output_dir, name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    oks = [turn.result.ok for r in rollouts for turn in r.turns if turn.result is not None]
+    print(f"episodes ended by {dict(Counter(r.stop for r in rollouts))}; tool calls: {len(oks)}, "
+          f"of them failed: {oks.count(False)}", file=sys.stderr)
+    return scores
+
+
+def _option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    """The command line."""
+    model: str | None = _option(None, "hub name or folder of a Qwen2.5-VL")
+    tasks: str | None = _option(None, "tasks to evaluate on, .json or .jsonl")
+    benchmark: Benchmark | None = _option(None, "the published benchmark that the file is; sets splits and scoring")
+    image_folder: str | None = _option(None, "folder of the images, if not beside the tasks")
+    output_dir: str = _option("runs/evaluate", "folder for predictions.json and scores.json")
+    rescore: str | None = _option(None, "only score this file of predictions; needs --benchmark, no model")
+    limit: int | None = _option(None, "number of tasks to take from the start of the file")
+    max_turns: int = _option(5, "turns an episode")
+    max_new_tokens: int = _option(1024, "new tokens a turn; the paper's search evaluation takes 2048")
+    max_tokens: int = _option(8192, "tokens an episode: prompt, actions and observations")
+    batch_size: int = _option(8, "tasks played side by side")
+    prompt: Literal["short", "full"] = _option("short", "instructions: short for the laptop model, full for hub models")
+    corpus: str = _option("sqlite:data/offline/corpus.jsonl", "search backend, by URL")
+    topk: int = _option(3, "passages a search returns")
+    tools: Literal["on", "off"] = _option("on", "off: every call is answered that the tool is switched off")
+
+
+def _run(args):
+    """Read the tasks, which fails early, then load the rest and play them."""
+    if not args.model or not args.tasks or args.batch_size < 1:
+        raise ValueError("give --model, --tasks and a --batch_size of at least 1; or --rescore FILE --benchmark NAME")
+    tasks = load_tasks(args.tasks, args.benchmark, args.image_folder, args.limit)
+    from model import load_policy  # here for the reason given in evaluate_tasks
+    from rollout import Limits, Tools
+    limits = Limits(max_turns=args.max_turns, max_new_tokens=args.max_new_tokens, max_tokens=args.max_tokens)
+    search = SearchTool(args.corpus, args.topk) if args.tools == "on" else None
+    with CodeTool() if args.tools == "on" else nullcontext() as code:
+        return evaluate_tasks(load_policy(args.model), tasks, Tools(code, search), limits, benchmark=args.benchmark,
+                              batch_size=args.batch_size, prompt=args.prompt, output_dir=args.output_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns 0, or 2 after a line "error: …" on standard error for what the user can mend."""
+    parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
+    try:
+        args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        if args.rescore and not args.benchmark:
+            raise ValueError("--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME")
+        scores = rescore(args.rescore, args.benchmark) if args.rescore else _run(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{'split':<7}{'F1 %':>8}{'EM %':>8}{'n':>7}")
+    for name, part in scores.items():
+        print(f"{name:<7}{part['f1']:>8.2f}{part['em']:>8.2f}{part['n']:>7}")
+    print(json.dumps(scores))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

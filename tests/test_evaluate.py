@@ -1,0 +1,336 @@
+"""evaluate.py: every published layout loads, every bad row is named, predictions score as published, the CLI fails well."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import rollout
+from evaluate import evaluate_tasks, load_tasks, rescore, score
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT.parent / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the published test data is not beside the project")
+SEARCH_ROW = {"id": 1, "question": "Which country?", "answer": "Italy", "image_path": "a.png"}
+CODING_ROW = {"id": 1, "question": "What letter?", "answers": ["C", "c"], "ori_image_path": "ori.png",
+              "processed_image_path": "proc.png", "type": ["dark"], "split": "hard"}
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rows if isinstance(rows, str) else json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def picture(path, size=(30, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.radial_gradient("L").resize(size).save(path)
+    return str(path.resolve())
+
+
+# ---------------------------------------------------------------- layouts
+
+def test_mat_search(tmp_path):
+    image = picture(tmp_path / "MAT-Search-image" / "a.png")
+    assert load_tasks(write(tmp_path / "MAT-Search.json", [SEARCH_ROW])) == [
+        {"id": 1, "family": "search", "question": "Which country?", "answers": ["Italy"], "image": image, "type": [],
+         "split": "all", "solution": None}]
+
+
+@pytest.mark.parametrize("kinds, name", [(["dark"], "proc.png"), (["none"], "proc.png"), (["crop"], "ori.png"),
+                                         (["rotation90", "crop"], "proc.png")])
+def test_mat_coding_shows_the_original_for_a_crop_only(tmp_path, kinds, name):
+    for file in ("ori.png", "proc.png"):
+        picture(tmp_path / "MAT-Coding-image" / file)
+    assert load_tasks(write(tmp_path / "MAT-Coding.json", [{**CODING_ROW, "type": kinds}])) == [
+        {"id": 1, "family": "coding", "question": "What letter?", "answers": ["C", "c"],
+         "image": str((tmp_path / "MAT-Coding-image" / name).resolve()), "type": kinds, "split": "hard",
+         "solution": None}]
+
+
+def test_flashrag_jsonl_is_text_only(tmp_path):
+    path = write(tmp_path / "dev.jsonl", '{"id": "dev_0", "question": "Who?", "golden_answers": ["X", "Y"]}\n\n'
+                                         '{"id": "dev_1", "question": "Où?", "golden_answers": ["Z"]}\n')
+    assert load_tasks(path, "2wiki") == [
+        {"id": "dev_0", "family": "search", "question": "Who?", "answers": ["X", "Y"], "image": None, "type": [],
+         "split": "all", "solution": None},
+        {"id": "dev_1", "family": "search", "question": "Où?", "answers": ["Z"], "image": None, "type": [],
+         "split": "all", "solution": None}]
+
+
+def test_training_steps_of_mat(tmp_path):
+    image = picture(tmp_path / "rft_images" / "a.png")
+    path = write(tmp_path / "rft.json", [
+        {"image_path": "a.png", "problem": "Which country?", "solution": "<think> a </think>"},
+        {"image_path": "a.png", "problem": "Read it.", "context": "so far", "solution": "<answer>", "type": "pre_answer",
+         "gt": "C"}])
+    assert load_tasks(path) == [
+        {"id": 1, "family": "search", "question": "Which country?", "answers": [], "image": image, "type": [],
+         "split": "all", "solution": "<think> a </think>"},
+        {"id": 2, "family": "coding", "question": "Read it.\nso far", "answers": ["C"], "image": image,
+         "type": ["pre_answer"], "split": "all", "solution": "<answer>"}]
+
+
+def test_a_family_in_the_row_wins_and_extra_fields_are_ignored(tmp_path):
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "t.json", [{**SEARCH_ROW, "family": "coding", "country": "Italy", "split": "heldout"}])
+    assert [(t["family"], t["split"], sorted(t)) for t in load_tasks(path)] == [
+        ("coding", "heldout", ["answers", "family", "id", "image", "question", "solution", "split", "type"])]
+
+
+def test_the_offline_tasks_load():
+    counts = {name: len(load_tasks(ROOT / "data" / "offline" / f"{name}.json")) for name in ("train", "heldout", "steps")}
+    assert counts == {"train": 384, "heldout": 240, "steps": 928}
+
+
+@needs_golden
+def test_published_items_load():
+    tasks = load_tasks(GOLDEN / "mat_sample" / "MAT-Coding.json", "mat-coding")
+    assert [(t["id"], t["family"], Path(t["image"]).name, t["type"], t["split"]) for t in tasks] == [
+        (12, "coding", "rotation180_1_proc.png", ["rotation180"], "simple"),
+        (63, "coding", "none_2_proc.png", ["none"], "simple"),
+        (71, "coding", "rotation90+dark_0_proc.png", ["rotation90", "dark"], "hard"),
+        (119, "coding", "crop_8_ori.png", ["crop"], "hard")]
+    task, = load_tasks(GOLDEN / "mat_sample" / "MAT-Search.json", "mat-search")
+    assert (task["family"], task["answers"], Path(task["image"]).name) == ("search", ["Play well."], "annotation2.jpg")
+
+
+def test_images_are_found_beside_the_file_or_in_the_folder_given(tmp_path):
+    path = write(tmp_path / "t.json", [SEARCH_ROW])
+    elsewhere = picture(tmp_path / "elsewhere" / "a.png")
+    assert load_tasks(path, image_folder=tmp_path / "elsewhere")[0]["image"] == elsewhere
+    beside = picture(tmp_path / "a.png")
+    assert load_tasks(path)[0]["image"] == beside
+
+
+@pytest.mark.parametrize("benchmark, num_tasks, expected", [
+    ("mat-search", 150, {"simple": 75, "hard": 75}), ("mat-coding", 200, {"simple": 70, "hard": 130}),
+    ("mat-search", 149, {"all": 149}), ("mat-coding", 150, {"all": 150}), ("bamboogle", 150, {"all": 150}),
+    (None, 150, {"all": 150})])
+def test_splits_go_by_order_in_a_complete_mat_file_only(tmp_path, benchmark, num_tasks, expected):
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "t.json", [{**SEARCH_ROW, "id": i} for i in range(num_tasks)])
+    splits = [task["split"] for task in load_tasks(path, benchmark)]
+    assert splits == [name for name, count in expected.items() for _ in range(count)]
+
+
+def test_a_limit_keeps_the_first_tasks_and_their_splits(tmp_path):
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "t.json", [{**SEARCH_ROW, "id": i} for i in range(150)])
+    assert [(task["id"], task["split"]) for task in load_tasks(path, "mat-search", limit=76)][74:] == [
+        (74, "simple"), (75, "hard")]
+    with pytest.raises(ValueError, match="^--limit 0 leaves no task; give at least 1$"):
+        load_tasks(path, limit=0)
+
+
+def test_the_published_empty_gold_is_taken_with_a_benchmark_only(tmp_path):
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "t.json", [{**SEARCH_ROW, "answer": ""}])
+    assert load_tasks(path, "mat-search")[0]["answers"] == [""]
+    with pytest.raises(ValueError) as error:
+        load_tasks(path)
+    assert str(error.value) == f"{path}, row 1: answer has an empty text, ['']; fill it in or remove the row"
+
+
+# ---------------------------------------------------------------- bad tasks
+
+@pytest.mark.parametrize("bad, reason", [
+    ("text", "is no object but str; write {\"id\": …}"),
+    ({"id": 2, "answer": "x", "image_path": "a.png"}, "question must be a text, got None; add \"question\": \"…\""),
+    ({**SEARCH_ROW, "id": 2, "question": " "}, "question must be a text, got ' '; add \"question\": \"…\""),
+    ({"id": 2, "question": "q", "image_path": "a.png"}, "answers must be one or more texts, got None; "
+                                                        "add \"answers\": [\"…\"]"),
+    ({**SEARCH_ROW, "id": 2, "answer": 29}, "answer must be one or more texts, got 29; add \"answer\": [\"…\"]"),
+    ({**CODING_ROW, "id": 2, "answers": []}, "answers must be one or more texts, got []; add \"answers\": [\"…\"]"),
+    ({**SEARCH_ROW, "id": 2, "family": "maths"}, "family is 'maths'; take one of search, coding"),
+    ({"id": 2, "question": "q", "answer": "x"}, "image_path must be a text, got None; add \"image_path\": \"…\""),
+    ({**SEARCH_ROW, "id": 2, "image_path": "b.png"},
+     "image_path 'b.png' is not in {folder}, {folder}/t-image, {folder}/t_images; put it there or give its folder"),
+    ({"problem": "q", "solution": "", "image_path": "a.png"}, "solution must be a text, got ''; add \"solution\": \"…\""),
+    ({"solution": "s", "image_path": "a.png"}, "problem must be a text, got None; add \"problem\": \"…\""),
+    (SEARCH_ROW, "has the id 1 of row 1; give every row its own"),
+])
+def test_a_bad_row_is_named(tmp_path, bad, reason):
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "t.json", [SEARCH_ROW, bad])
+    with pytest.raises(ValueError) as error:
+        load_tasks(path)
+    assert str(error.value) == f"{path}, row 2: " + reason.replace("{folder}", str(tmp_path))
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("a.png", lambda data: b"no image"), ("a.png", lambda data: b""), ("a.png", lambda data: data[:len(data) // 2]),
+    ("a.png", lambda data: data[:-40] + b"\x00" * 20 + data[-20:]), ("a.jpg", lambda data: data[:len(data) // 2])],
+    ids=["text", "empty", "half a PNG", "flipped bytes", "half a JPEG"])
+def test_a_broken_image_is_named(tmp_path, name, damage):
+    picture(tmp_path / name, (300, 200))
+    file = tmp_path / name
+    file.write_bytes(damage(file.read_bytes()))
+    path = write(tmp_path / "t.json", [{**SEARCH_ROW, "image_path": name}])
+    with pytest.raises(ValueError) as error:
+        load_tasks(path)
+    assert str(error.value).startswith(f"{path}, row 1: image {file.resolve()} cannot be read (")
+    assert str(error.value).endswith("); replace it or remove the row")
+
+
+@pytest.mark.parametrize("name, text, reason", [
+    ("t.json", "", ": must be a list of rows, got []; write [{…}], or one {…} a line in .jsonl"),
+    ("t.json", "[]", ": must be a list of rows, got []; write [{…}], or one {…} a line in .jsonl"),
+    ("t.jsonl", "\n \n", ": must be a list of rows, got []; write [{…}], or one {…} a line in .jsonl"),
+    ("t.json", '{"id": 1}', ": must be a list of rows, got {'id': 1}; write [{…}], or one {…} a line in .jsonl"),
+    ("t.json", '[\n{"id": 1},\n{"id": }]', ", line 3: not JSON (Expecting value); mend the line"),
+    ("t.jsonl", '{"id": 1}\n{"id": }\n', ", line 2: not JSON (Expecting value); mend the line"),
+    ("t.json", '[{"id": 1}', ", line 1: not JSON (Expecting ',' delimiter); mend the line"),
+])
+def test_a_bad_file_is_named(tmp_path, name, text, reason):
+    path = write(tmp_path / name, text)
+    with pytest.raises(ValueError) as error:
+        load_tasks(path)
+    assert str(error.value) == f"{path}{reason}"
+
+
+@pytest.mark.parametrize("data", [b'["\xff"]', b"[" * 200_000], ids=["not UTF-8", "nested too deep"])
+def test_a_hostile_file_is_named(tmp_path, data):
+    path = tmp_path / "t.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        load_tasks(path)
+    assert str(error.value).startswith(f"{path}, line 1: not JSON (")
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    picture(tmp_path / "a.png")
+    path = tmp_path / "t.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([SEARCH_ROW]).encode())
+    assert len(load_tasks(path)) == 1
+
+
+# ---------------------------------------------------------------- scores
+
+def test_score_is_in_percent_over_all_rows_unanswered_ones_included():
+    rows = [{"pred_answer": "red car", "gt": "blue car"}, {"pred_answer": "dog", "gt": ["cat", "dog"]},
+            {"pred_answer": None, "gt": "cat"}]
+    assert score(rows, "hotpotqa") == {"all": {"f1": 50.0, "em": 33.33, "n": 3}}
+
+
+def test_score_takes_the_splits_of_the_rows():
+    rows = [{"pred_answer": "a1", "gt": "a1", "split": "simple"}, {"pred_answer": "x", "gt": "y", "split": "hard"},
+            {"pred_answer": "x", "gt": "x", "split": "heldout"}]
+    assert score(rows) == {"all": {"f1": 66.67, "em": 66.67, "n": 3}, "simple": {"f1": 100.0, "em": 100.0, "n": 1},
+                           "hard": {"f1": 0.0, "em": 0.0, "n": 1}}
+
+
+def test_only_mat_coding_counts_characters():
+    rows = [{"pred_answer": "网吧", "gt": "网咖"}]
+    assert score(rows, "mat-coding")["all"]["f1"] == 50.0
+    assert score(rows, "mat-search")["all"]["f1"] == 0.0
+
+
+@needs_golden
+@pytest.mark.parametrize("name, benchmark, expected", [
+    ("mat_coding_3b", "mat-coding", {"all": {"f1": 35.9, "em": 22.5, "n": 200},
+                                     "simple": {"f1": 49.78, "em": 40.0, "n": 70},
+                                     "hard": {"f1": 28.42, "em": 13.08, "n": 130}}),
+    ("mat_search_7b", "mat-search", {"all": {"f1": 63.77, "em": 55.33, "n": 150},
+                                     "simple": {"f1": 71.78, "em": 66.67, "n": 75},
+                                     "hard": {"f1": 55.77, "em": 44.0, "n": 75}}),
+])
+def test_published_predictions_rescore_to_the_published_figures(name, benchmark, expected):
+    assert rescore(GOLDEN / f"{name}.json", benchmark) == expected
+
+
+@pytest.mark.parametrize("bad, reason", [
+    (3, "is no object but int; write {\"id\": …}"),
+    ({"gt": "x"}, "pred_answer must be a text, or null for no answer, got None; add it"),
+    ({"gt": "x", "pred_answer": 29}, "pred_answer must be a text, or null for no answer, got 29; add it"),
+    ({"pred_answer": "x"}, "gt must be one or more texts, got None; add \"gt\": [\"…\"]"),
+    ({"pred_answer": "x", "gt": []}, "gt must be one or more texts, got []; add \"gt\": [\"…\"]"),
+    ({"pred_answer": "x", "gt": ["a", 1]}, "gt must be one or more texts, got ['a', 1]; add \"gt\": [\"…\"]"),
+    ({"id": "p", "pred_answer": "x", "gt": "x"}, "has the id 'p' of row 1; give every row its own"),
+])
+def test_a_bad_prediction_is_named(tmp_path, bad, reason):
+    path = write(tmp_path / "p.json", [{"id": "p", "pred_answer": None, "gt": "x"}, bad])
+    with pytest.raises(ValueError) as error:
+        rescore(path, "mat-search")
+    assert str(error.value) == f"{path}, row 2: {reason}"
+
+
+# ---------------------------------------------------------------- rollouts
+
+def test_evaluate_tasks_plays_all_tasks_in_order_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
+    def roll_out(policy, tasks, tools, limits, *, temperature, prompt):
+        assert (policy, tools, limits, temperature, prompt) == ("policy", "tools", "limits", 0.0, "full")
+        chunks.append([task["id"] for task in tasks])
+        turns = [SimpleNamespace(result=SimpleNamespace(ok=False)), SimpleNamespace(result=None)]
+        return [SimpleNamespace(task=task, answer=task["guess"], turns=turns, stop="answer") for task in tasks], {}
+
+    chunks = []
+    monkeypatch.setattr(rollout, "roll_out", roll_out)
+    tasks = [{"id": i, "answers": ["dog"], "split": split, "guess": guess}
+             for i, (split, guess) in enumerate([("simple", "dog"), ("hard", None), ("hard", "red dog")])]
+    scores = evaluate_tasks("policy", tasks, "tools", "limits", batch_size=2, prompt="full", output_dir=tmp_path / "new")
+    assert chunks == [[0, 1], [2]]
+    assert scores == {"all": {"f1": 55.56, "em": 33.33, "n": 3}, "simple": {"f1": 100.0, "em": 100.0, "n": 1},
+                      "hard": {"f1": 33.33, "em": 0.0, "n": 2}}
+    assert json.loads((tmp_path / "new" / "scores.json").read_text()) == scores
+    assert json.loads((tmp_path / "new" / "predictions.json").read_text()) == [
+        {"id": 0, "gt": ["dog"], "pred_answer": "dog", "split": "simple"},
+        {"id": 1, "gt": ["dog"], "pred_answer": None, "split": "hard"},
+        {"id": 2, "gt": ["dog"], "pred_answer": "red dog", "split": "hard"}]
+    assert rescore(tmp_path / "new" / "predictions.json", "mat-search") == scores
+    assert "episodes ended by {'answer': 3}; tool calls: 3, of them failed: 3" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- command line
+
+def run(*args):
+    return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *map(str, args)], capture_output=True, text=True,
+                          cwd=ROOT)
+
+
+def test_rescoring_20000_predictions_ends_with_one_json_object(tmp_path):
+    rows = [{"id": i, "pred_answer": f"the red car {i}", "gt": ["blue car", f"red car {i}"]} for i in range(20_000)]
+    path = write(tmp_path / "p.json", rows)
+    start = time.perf_counter()
+    result = run("--rescore", path, "--benchmark", "2wiki")
+    seconds = time.perf_counter() - start
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout.splitlines()[-1]) == {"all": {"f1": 100.0, "em": 100.0, "n": 20000}}
+    assert seconds < 10  # 2 s on a quiet core
+
+
+def test_rescoring_does_not_load_torch(tmp_path):
+    path = write(tmp_path / "p.json", [{"pred_answer": "x", "gt": "x"}])
+    code = (f"import sys, evaluate; evaluate.main(['--rescore', {str(path)!r}, '--benchmark', '2wiki']); "
+            "print('torch' in sys.modules)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "give --model, --tasks and a --batch_size of at least 1; or --rescore FILE --benchmark NAME"),
+    (["--model", "m", "--tasks", "absent.json"], "[Errno 2] No such file or directory: 'absent.json'"),
+    (["--rescore", "p.json"], "--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME"),
+    (["--rescore", "absent.json", "--benchmark", "2wiki"], "[Errno 2] No such file or directory: 'absent.json'"),
+    (["--nonsense", "1"], "Some specified arguments are not used by the HfArgumentParser: ['--nonsense', '1']"),
+])
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(args, message):
+    result = run(*args)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_a_bad_prediction_ends_the_command_with_its_row(tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"pred_answer": "x", "gt": "x"}\n{"pred_answer": "x"}\n')
+    result = run("--rescore", path, "--benchmark", "musique")
+    assert (result.returncode, result.stderr) == (
+        2, f"error: {path}, row 2: gt must be one or more texts, got None; add \"gt\": [\"…\"]\n")
+
+
+def test_an_unknown_benchmark_is_refused():
+    result = run("--rescore", "p.json", "--benchmark", "mat")
+    assert result.returncode == 2
+    assert "invalid choice: 'mat'" in result.stderr and "Traceback" not in result.stderr
