@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from PIL import Image
@@ -172,16 +173,6 @@ def score(predictions: list[dict], benchmark: str | None = None) -> dict[str, di
     return {name: {"f1": f1, "em": em, "n": len(rows[name])} for name, (f1, em) in percent.items()}
 
 
-def success_rates(episodes: list[tuple[str, list[str], str | None, list[str]]]) -> dict:
-    """Shares of exact matches, 0 to 1, in all, by family and by type, of (family, types, answer, golds) of each episode."""
-    hits = {"all": {}, "by_family": {}, "by_type": {}}
-    for family, types, answer, golds in episodes:
-        for key, group in (("all", "all"), ("by_family", family), ("by_type", "+".join(types) or family)):
-            hits[key].setdefault(group, []).append(exact_match(answer, golds))
-    rates = {key: {group: round(sum(v) / len(v), 4) for group, v in sorted(groups.items())} for key, groups in hits.items()}
-    return {"success": rates.pop("all")["all"], "n": len(episodes), **rates}
-
-
 def rescore(path: str | Path, benchmark: str) -> dict[str, dict[str, float]]:
     """`score` of a file of predictions, .json or .jsonl. Raises ValueError "file, row N: reason; way out"."""
     return score(_each(path, _read_rows(path), _prediction), benchmark)
@@ -216,6 +207,25 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     print(f"episodes ended by {dict(Counter(r.stop for r in rollouts))}; tool calls: {len(oks)}, "
           f"of them failed: {oks.count(False)}", file=sys.stderr)
     return scores
+
+
+def success_rates(policy, tasks: list[dict], tools, limits, *, temperature: float, prompt: str) -> dict:
+    """Shares of exact matches, 0 to 1: {"success", "n", "by_family", "by_type"}. All ranks call it and share the tasks."""
+    import torch.distributed as dist
+
+    from model import gather, gathered
+    from rollout import roll_out
+    mine = tasks[dist.get_rank()::dist.get_world_size()]
+    with gathered(policy):
+        rollouts, _ = roll_out(policy, mine, tools, limits, temperature=temperature, prompt=prompt)
+    groups = {"success": {}, "by_family": {}, "by_type": {}}
+    for family, kinds, hit in gather([(r.task["family"], r.task["type"], exact_match(r.answer, r.task["answers"]))
+                                      for r in rollouts]):
+        for key, name in (("success", "all"), ("by_family", family), ("by_type", "+".join(kinds) or family)):
+            groups[key].setdefault(name, []).append(hit)
+    rates = {key: {name: round(fmean(hits), 4) for name, hits in sorted(by_name.items())}
+             for key, by_name in groups.items()}
+    return {**rates, "success": rates["success"]["all"], "n": len(tasks)}
 
 
 def _option(default, text):

@@ -15,6 +15,7 @@ Left out on purpose: other model families, video, LoRA, quantisation, inference 
 
 Legend: B rollouts, T tokens, V vocabulary, N patches of all images of a batch.
 """
+import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,24 @@ def pick_device() -> tuple[torch.device, str]:
         torch.cuda.set_device(index)
         return torch.device("cuda", index), "nccl"
     return torch.device("cpu"), "gloo"
+
+
+def start_ranks() -> None:
+    """Join torchrun's process group, or make one of this process alone. CPU ranks share the cores evenly."""
+    device, backend = pick_device()
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if device.type == "cpu":  # more threads than cores make both ranks crawl
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def gather(rows: list) -> list:
+    """The rows of all ranks in the order of the ranks, on all of them."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 def check_model(name: str) -> None:

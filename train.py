@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,8 @@ from transformers.utils import logging as hf_logging
 
 from evaluate import load_tasks, success_rates
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
-from model import MAX_PIXELS, MIN_PIXELS, Policy, check_model, export, gathered, load_policy, pick_device, score
+from model import (MAX_PIXELS, MIN_PIXELS, Policy, check_model, export, gather, gathered, load_policy, pick_device, score,
+                   start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
 from rollout import PROMPTS, Limits, Rollout, Tools, micro_batches, roll_out, rollout_row
 from tools import CodeTool, SearchTool, parse_action
@@ -195,13 +197,6 @@ def all_reduce(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, floa
     return dict(zip(values, tensor.tolist()))
 
 
-def gather(rows: list) -> list:
-    """The rows of all ranks in the order of the ranks, on all of them."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
-
-
 # ------------------------------------------------------------------------------------------------- what a run leaves behind
 
 
@@ -222,17 +217,13 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     errors = [error for sample in samples for error in sample.pop("errors")]
     names = sorted({name for sample in samples for name in sample})
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
-    row = {"step": step, **{name: mean([sample[name] for sample in samples if name in sample]) for name in names},
-           "tool_errors": mean(errors), **metrics, "lr": learning_rate(step - 1, config),
+    row = {"step": step, **{name: fmean(sample[name] for sample in samples if name in sample) for name in names},
+           "tool_errors": fmean(errors or [0]), **metrics, "lr": learning_rate(step - 1, config),
            "tokens_per_s": metrics["tokens"] / spent["all"], "seconds": spent.pop("all"),
            **{f"seconds_{name}": value for name, value in spent.items()}}
     if dist.get_rank() == 0:
         append_json(out / "metrics.jsonl", row)
     return row
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)
 
 
 def append_json(path: Path, row: dict) -> None:
@@ -257,24 +248,24 @@ def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, step: int,
     if dist.get_rank() == 0:
         (temporary / "config.json").write_text(json.dumps({"step": step, **asdict(config)}, indent=1))
         temporary.rename(final)
-        for old in sorted(out.glob("checkpoint-*[0-9]"), key=checkpoint_step)[:-2]:
+        for _, old in checkpoints(out)[:-2]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint, oldest first."""
+    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
 
 
 def resume(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> int:
     """Load the newest whole checkpoint; returns the step to go on with. Metrics of later steps are cut: they will be replayed."""
     out = Path(config.output_dir)
-    found = sorted(out.glob("checkpoint-*[0-9]"), key=checkpoint_step)
-    step = checkpoint_step(found[-1]) if found else 0
-    if found:
+    step, folder = (checkpoints(out) or [(0, None)])[-1]
+    if folder:
         weights, moments = get_state_dict(policy.model, optimizer)
         state = {"model": weights, "optimizer": moments}
-        dcp.load(state, checkpoint_id=found[-1])
+        dcp.load(state, checkpoint_id=folder)
         set_state_dict(policy.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     if dist.get_rank() == 0:
         for name in ("metrics.jsonl", "evaluations.jsonl"):
@@ -285,18 +276,15 @@ def resume(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> 
 
 
 def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, config: Config) -> None:
-    """Success on held-out tasks, shared by all ranks, as a row of evaluations.jsonl; done once for each (step, tools)."""
+    """Success on held-out tasks as a row of evaluations.jsonl, once for each step with the tools on or off."""
     path = Path(config.output_dir) / "evaluations.jsonl"
     label = "on" if tools.code or tools.search else "off"
     if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
         return
     start = time.perf_counter()
     seed_step(config, -1 - step)
-    with gathered(policy):
-        rollouts, _ = roll_out(policy, tasks[dist.get_rank()::dist.get_world_size()], tools,
-                               replace(config.limits(), max_turns=config.max_turns),
-                               temperature=config.eval_temperature, prompt=config.prompt)
-    rates = success_rates(gather([(r.task["family"], r.task["type"], r.answer, r.task["answers"]) for r in rollouts]))
+    rates = success_rates(policy, tasks, tools, replace(config.limits(), max_turns=config.max_turns),
+                          temperature=config.eval_temperature, prompt=config.prompt)
     if dist.get_rank() == 0:
         append_json(path, {"step": step, "tools": label, **rates})
         kinds = "  ".join(f"{kind} {value:.0%}" for kind, value in rates["by_type"].items())
@@ -348,17 +336,6 @@ def prepare(config: Config) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"{config.tasks}: --mode step needs a solution in every row; {missing[0]} has none")
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
     return tasks, held_out[:config.eval_limit or None]
-
-
-def start_ranks() -> None:
-    """Join torchrun's process group, or make one of this process alone. CPU ranks share the cores evenly."""
-    device, backend = pick_device()
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if device.type == "cpu":  # more threads than cores make both ranks crawl
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def main(config: Config) -> None:

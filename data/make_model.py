@@ -126,6 +126,24 @@ def caption(policy, rng):
     return Rollout({}, prompt + answer, mask, [0.0] * len(mask), [image], [picture])
 
 
+def lookup(policy, rng):
+    """A question and what a search for it returns, as text alone; the assistant copies the two words that matter.
+
+    Copying from the context is what the search tasks rest on, and what a small model learns last: this is exercise for it.
+    """
+    country, other = rng.sample(list(make_tasks.FLAGS), 2)
+    attribute, unlike = rng.sample(make_tasks.ATTRIBUTES, 2)
+    animals = rng.sample(make_tasks.ANIMALS, 3)
+    pairs = [(country, attribute), (other, attribute), (country, unlike)]
+    found = " ".join(f"{i}. Content: {make_tasks.fact_sentence(*pair, animal)}"
+                     for i, (pair, animal) in enumerate(zip(pairs, animals), 1))
+    question = f"Which animal is on the {attribute} of this country?"
+    prompt = encode_prompt(policy, f"{question} <information> {found} </information>", None)
+    answer = policy.tokenizer(f" {attribute} {animals[0]}")["input_ids"] + [policy.end_id]
+    mask = [0] * len(prompt) + [1] * len(answer)
+    return Rollout({}, prompt + answer, mask, [0.0] * len(mask))
+
+
 def jpeg(picture):
     """What a file named .jpg does to a picture."""
     data = io.BytesIO()
@@ -209,7 +227,7 @@ def train(policy, code_tool, args):
             optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.noisy_lr, weight_decay=0.01)
         pool, at = (right, step) if not noisy else (noisy, step - args.right_steps)
         rows = [pool[(at * args.batch + i) % len(pool)] for i in range(args.batch)]
-        rows += [caption(policy, rng) for _ in range(args.captions)]
+        rows += [caption(policy, rng) for _ in range(args.captions)] + [lookup(policy, rng) for _ in range(args.lookups)]
         if not noisy:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / args.right_steps)
@@ -231,7 +249,8 @@ def main():
     parser.add_argument("--demonstrations", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--captions", type=int, default=24, help="captions a step")
-    parser.add_argument("--caption_weight", type=float, default=3.0, help="of a caption's token in the loss")
+    parser.add_argument("--lookups", type=int, default=12, help="exercises in copying a step")
+    parser.add_argument("--caption_weight", type=float, default=5.0, help="of a caption's token in the loss")
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--noisy_lr", type=float, default=3e-4)

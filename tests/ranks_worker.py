@@ -1,0 +1,147 @@
+"""What N ranks do together, written down for test_ranks.py to compare.
+
+    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/ranks_worker.py MODEL REFERENCE OUT
+
+Every part leaves OUT/<part>-<ranks>-<rank>.pt. The parts stand in the order of what they need to work.
+"""
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from model import export, gathered, generate, load_policy, score  # noqa: E402
+from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
+from tools import CodeTool  # noqa: E402
+from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
+
+LIMITS = Limits(max_turns=3, max_new_tokens=160, max_tokens=1024, max_images=3)
+CODE = ("from PIL import Image; "
+        "Image.open('path_to_input_image.jpg').resize((84, 56)).save('path_to_output_image.jpg', 'PNG')")
+CHAIN = [f"<code>{CODE}</code>", f"<code>{CODE}</code>", "<answer> 7 </answer>"]
+SMALL, LARGE = 150, 100_000  # --micro_batch_tokens: some of the rows alone, and all of them together
+
+
+def task(number, question, picture=None):
+    return {"id": number, "family": "coding", "question": question, "answers": ["7"], "image": picture, "type": []}
+
+
+def picture(number):
+    return Image.effect_noise((56, 56), 40 + 30 * number).convert("RGB").resize((56 + 28 * number, 56))
+
+
+def whole_tensor(tensor):
+    """A copy on this rank of a tensor that may be spread over all of them."""
+    return getattr(tensor, "full_tensor", lambda: tensor)().detach().clone()
+
+
+def weights(policy):
+    return {name: whole_tensor(p) for name, p in policy.model.named_parameters()}
+
+
+def here(policy):
+    """Numbers of the parameters that lie on this rank."""
+    return sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in policy.model.parameters())
+
+
+def load(folder):
+    policy = load_policy(folder, shard=True)
+    tied = policy.model.lm_head.weight is policy.model.model.language_model.embed_tokens.weight
+    return {"weights": weights(policy), "buffers": dict(policy.model.named_buffers()), "here": here(policy), "tied": tied}
+
+
+def play(policy, rank):
+    """Rank 0 takes three turns with images, rank 1 one turn without. Every turn starts with 6 sampled tokens."""
+    chain, picture_or_none = (CHAIN, Image.new("RGB", (84, 84), (90, 200, 30))) if rank == 0 else (CHAIN[-1:], None)
+    recorded = replay(policy, lambda _: ["</think>" + turn for turn in chain])
+
+    def sampler(live):
+        sampled = generate(policy, live, max_new_tokens=6, temperature=1.0, batch_tokens=2048)
+        thoughts = [(ids[:-1], logps[:-1]) if ids[-1] == policy.end_id else (ids, logps) for ids, logps in sampled]
+        return [(ids + action, logps + zeros) for (ids, logps), (action, zeros) in zip(thoughts, recorded(live))]
+
+    torch.manual_seed(rank)
+    with CodeTool(workers=1, timeout=20.0) as code:
+        rollouts, _ = roll_out(policy, [task(0, "Why?", picture_or_none)], Tools(code=code), LIMITS, group_size=3,
+                               sampler=sampler)
+    return {"ids": [r.ids for r in rollouts], "logps": [r.logps for r in rollouts], "turns": [len(r.turns) for r in rollouts],
+            "images": [len(r.images) for r in rollouts]}
+
+
+def sample(folder, whole):
+    policy = load_policy(folder, shard=True)
+    with gathered(policy):
+        played = play(policy, dist.get_rank())
+        inside = time.time()
+    dist.barrier()
+    again = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in policy.model.parameters())
+    batch = collate(policy, roll_out(whole, [task(0, "Why?")], Tools(), LIMITS, sampler=replay(whole, lambda _: CHAIN[-1:]))[0],
+                    [0.0])
+    with torch.no_grad():
+        logps = [score(p, batch.inputs, batch.action_mask, 1.0)[0] for p in (policy, whole)]
+    return {"sharded": played, "whole": play(whole, dist.get_rank()), "left": inside, "here": again, "logps": logps}
+
+
+def rows_of(policy):
+    """This rank's of 8 rollouts with their advantages: the first 5 are text, the last 3 have an image."""
+    torch.manual_seed(0)
+    tasks = [task(i, "Why? " * (3 * i + 1)) for i in range(5)] + [task(i, "Why?", picture(i - 5)) for i in range(5, 8)]
+    chains = [["<problem> dark </problem>"] * (i % 3) + ["<answer>" + " 7" * (i + 1) + "</answer>"] for i in range(8)]
+    rollouts, _ = roll_out(policy, tasks, Tools(), LIMITS, sampler=replay(policy, lambda t: chains[t["id"]]))
+    rows = list(zip(rollouts, [1.5, -1.0, 0.5, -0.25, 0.75, -2.0, 1.0, 0.25]))
+    cut = {1: [slice(0, 8)], 2: [slice(0, 5), slice(5, 8)]}[dist.get_world_size()][dist.get_rank()]
+    return rows[cut]
+
+
+def step(folder, reference, rows, optimizer, micro_batch_tokens, loss="grpo"):
+    """One update of a freshly loaded policy."""
+    policy = load_policy(folder, shard=True)
+    before = weights(policy)
+    optimizer = optimizer(policy.model.parameters())
+    config = Config(beta=0.04, loss=loss, max_grad_norm=1e6, micro_batch_tokens=micro_batch_tokens)
+    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], micro_batch_tokens)
+    metrics = update(policy, optimizer, batches, num_real, reference_logps(reference, batches, 1.0), config)
+    images = ["pixel_values" in batch.inputs for batch in batches[:num_real]]
+    after = weights(policy)
+    return policy, {"metrics": metrics, "weights": after, "num": len(batches), "num_real": num_real, "images": images,
+                    "moved": {name: after[name] - before[name] for name in after}}
+
+
+def main(model, reference, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    label = f"{dist.get_world_size()}-{dist.get_rank()}"
+
+    def keep(part, value):
+        torch.save(value, Path(out) / f"{part}-{label}.pt")
+
+    keep("load", load(model))
+    whole = load_policy(model)
+    rows, teacher = rows_of(whole), load_policy(reference, shard=True)
+
+    def sgd(parameters):  # what it moves is the gradient
+        return torch.optim.SGD(parameters, lr=1.0)
+
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-4)
+
+    for name, tokens in {"small": SMALL, "large": LARGE}.items():
+        keep(f"gradient_{name}", step(model, teacher, rows, sgd, tokens)[1])
+    for loss in ("dr_grpo", "dapo"):
+        keep(f"gradient_{loss}", step(model, teacher, rows, sgd, SMALL, loss)[1])
+    policy, result = step(model, teacher, rows, adamw, SMALL)
+    keep("adamw", result)
+    export(policy, Path(out) / f"exported-{dist.get_world_size()}")
+    dist.barrier()
+    if dist.get_world_size() == 2:
+        keep("sample", sample(model, whole))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,692 @@
+"""The model behind the policy: the hub's files, the prompt's ids, positions, and one law for sampling and scoring.
+
+Everything is compared with `Qwen2_5_VLForConditionalGeneration` used plainly: one sequence at a time, no padding, positions
+made by Hugging Face itself from `mm_token_type_ids`.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from model import (EncodedImage, check_model, encode_image, encode_observation, encode_prompt, encode_text, export, generate,
+                   image_tokens, load_policy, model_inputs, score, split_by_tokens)
+
+V, V_PADDED = 804, 832  # ids of the laptop tokenizer; rows of the embedding, padded as the hub pads 151,665 to 151,936
+END, PAD, IMAGE = 790, 791, 802
+SUPPRESSED = [*range(791, 832)]  # every special token but <|im_end|> (790), and the rows without a token
+SPECIAL = ["<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+           "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]  # ids 790 to 803
+HUB_GENERATION = {"bos_token_id": PAD, "pad_token_id": PAD, "do_sample": True, "eos_token_id": [END, PAD],
+                  "repetition_penalty": 1.05, "temperature": 1e-6, "top_k": 1, "transformers_version": "4.49.0"}
+TOLERANCE = 1e-4  # nats in fp32: attention with and without a cache, padded or not, adds up in another order
+
+
+class Row(NamedTuple):
+    ids: list[int]
+    images: list[EncodedImage] = []
+
+
+# ----------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="module")
+def hub_folder(model_folder, tmp_path_factory):
+    """The model in the very files of Qwen/Qwen2.5-VL-3B-Instruct: flat config, sharded bf16, generation defaults of its own.
+
+    Weights are five times their initial size: logits then spread over several nats, and positions, temperature, penalties
+    and padding all show. The embedding has rows beyond the tokenizer, as the hub's has.
+    """
+    folder = tmp_path_factory.mktemp("hub")
+    weights = {}
+    torch.manual_seed(1)
+    for name, tensor in load_file(model_folder / "model.safetensors").items():
+        weights[name] = (5 * tensor if tensor.ndim > 1 else tensor).bfloat16()
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat([embedding, 0.1 * torch.randn(V_PADDED - V, 128).bfloat16()])
+    names, files = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: weights[name].contiguous() for name in part}, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(part, file)
+    write(folder / "model.safetensors.index.json",
+          {"metadata": {"total_size": sum(2 * w.numel() for w in weights.values())}, "weight_map": files})
+    write(folder / "config.json", {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": PAD,
+        "eos_token_id": END, "vision_start_token_id": 799, "vision_end_token_id": 800, "vision_token_id": 801,
+        "image_token_id": 802, "video_token_id": 803, "hidden_act": "silu", "hidden_size": 128, "initializer_range": 0.02,
+        "intermediate_size": 256, "max_position_embeddings": 4096, "max_window_layers": 70, "model_type": "qwen2_5_vl",
+        "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0, "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
+        "vision_config": {"depth": 3, "hidden_act": "silu", "hidden_size": 96, "intermediate_size": 192, "num_heads": 4,
+                          "in_chans": 3, "out_hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2,
+                          "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [2],
+                          "tokens_per_second": 2, "temporal_patch_size": 2},
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "vocab_size": V_PADDED})
+    write(folder / "generation_config.json", HUB_GENERATION)
+    write(folder / "preprocessor_config.json", {
+        "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"})
+    shutil.copy(model_folder / "tokenizer.json", folder)
+    template = (model_folder / "chat_template.jinja").read_text()
+    write(folder / "tokenizer_config.json", {
+        "add_bos_token": False, "add_prefix_space": False,
+        "added_tokens_decoder": {str(790 + i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
+                                                "single_word": False, "special": True} for i, token in enumerate(SPECIAL)},
+        "additional_special_tokens": [t for t in SPECIAL if t != "<|endoftext|>"], "bos_token": None,
+        "chat_template": template, "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
+        "model_max_length": 131072, "pad_token": "<|endoftext|>", "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None})
+    write(folder / "chat_template.json", {"chat_template": template})
+    return folder
+
+
+def write(path, value):
+    path.write_text(json.dumps(value, indent=2))
+
+
+@pytest.fixture(scope="module")
+def hub(hub_folder):
+    return load_policy(str(hub_folder), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def plain(hub_folder):
+    """The trusted implementation, a copy of its own."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(hub_folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def plain_logits(model, row):
+    """Logits (T, V) of one unpadded sequence; Hugging Face makes the positions."""
+    ids = torch.tensor([row.ids])
+    vision = {}
+    if row.images:
+        vision = {"pixel_values": torch.cat([i.pixels for i in row.images]),
+                  "image_grid_thw": torch.tensor([i.grid for i in row.images]), "mm_token_type_ids": (ids == IMAGE).int()}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **vision).logits[0]
+
+
+def plain_law(model, row, temperature=1.0):
+    """Log-probs (T, V) of the next token after each, specials left out."""
+    logits = plain_logits(model, row) / temperature
+    logits[:, SUPPRESSED] = -torch.inf
+    return logits.log_softmax(dim=1)
+
+
+def picture(width, height, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return Image.frombytes("RGB", (width, height), bytes(torch.randint(0, 256, (3 * width * height,), generator=rng).tolist()))
+
+
+@pytest.fixture(scope="module")
+def rows(hub):
+    """Ragged prompts: text only, one image, three images of other shapes, a long text."""
+    images = [encode_image(hub, picture(*size, seed)) for seed, size in enumerate([(56, 56), (112, 56), (56, 140), (140, 140)])]
+    return {"text": Row(encode_prompt(hub, "Which city?", None)),
+            "image": Row(encode_prompt(hub, "Read the sign in the picture.", images[1]), [images[1]]),
+            "images": Row(encode_prompt(hub, "Look.", images[0]) + encode_text(hub, "<code>x</code>") + [END]
+                          + encode_observation(hub, "The processed image.", images[2]) + encode_text(hub, "and") + [END]
+                          + encode_observation(hub, "Again.", images[3]), [images[0], images[2], images[3]]),
+            "long": Row(encode_prompt(hub, "One two three four five six seven. " * 6, None))}
+
+
+# --------------------------------------------------------------------------------------------------- the hub's files
+
+
+def test_a_folder_of_the_hub_gives_the_logits_of_its_weights(hub, plain, hub_folder, rows):
+    weights = {name: w for file in hub_folder.glob("*.safetensors") for name, w in load_file(file).items()}
+    embedding = weights["model.embed_tokens.weight"].float()
+    assert hub.model.lm_head.weight.equal(embedding) and hub.model.get_input_embeddings().weight.equal(embedding)
+    for row in rows.values():
+        assert plain_logits(hub.model, row).equal(plain_logits(plain, row))
+
+
+def test_the_flat_config_is_read_field_by_field(hub):
+    text, vision = hub.model.config.text_config, hub.model.config.vision_config
+    assert (text.hidden_size, text.num_hidden_layers, text.num_key_value_heads, text.vocab_size) == (128, 3, 2, V_PADDED)
+    assert (text.rope_parameters["mrope_section"], text.rope_parameters["rope_theta"]) == ([4, 6, 6], 10000.0)
+    assert (vision.depth, vision.window_size, vision.fullatt_block_indexes, vision.in_channels) == (3, 112, [2], 3)
+    assert hub.model.dtype == torch.float32 and not hub.model.training
+
+
+def test_the_end_the_image_and_the_suppressed_ids(hub, policy):
+    assert (hub.end_id, hub.image_id) == (END, IMAGE)
+    assert hub.suppressed.tolist() == [*range(791, 832)]
+    assert policy.suppressed.tolist() == [*range(791, 804)]  # a folder without rows beyond the tokenizer
+
+
+def test_the_hub_tokenizer_class_encodes_as_ours_and_keeps_specials_apart(hub, policy):
+    assert type(hub.tokenizer).__name__ == "Qwen2Tokenizer"
+    for text in ["Which city? 2 + 2 = 4", "<think> it's  dark\n\n</think>", "Zürich, 東京\t🙂", "<|im_end|>\n<|image_pad|>"]:
+        assert encode_text(hub, text) == encode_text(policy, text)
+        assert hub.tokenizer(text)["input_ids"] == policy.tokenizer(text)["input_ids"]
+
+
+def test_a_template_only_in_chat_template_json_is_refused_with_the_way_out(hub_folder, tmp_path):
+    folder = shutil.copytree(hub_folder, tmp_path / "m")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    write(folder / "tokenizer_config.json", config)
+    with pytest.raises(ValueError, match=r"no chat template \(tokenizer_config.json or chat_template.jinja\)"):
+        load_policy(str(folder))
+    (folder / "chat_template.jinja").write_text(json.loads((folder / "chat_template.json").read_text())["chat_template"])
+    assert load_policy(str(folder)).tokenizer.chat_template.startswith("{% for message in messages %}")
+
+
+def test_another_architecture_is_refused(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | {"model_type": "qwen2_vl"})
+    with pytest.raises(ValueError, match="'qwen2_vl', this code trains 'qwen2_5_vl'"):
+        load_policy(str(folder))
+
+
+@pytest.mark.parametrize("file, message", [
+    ("config.json", r"no config.json \(config.json\)"),
+    ("model.safetensors", r"no weights \(model.safetensors or model.safetensors.index.json\)"),
+    ("tokenizer.json", r"no tokenizer \(tokenizer.json or vocab.json\)"),
+    ("preprocessor_config.json", r"no image processor \(preprocessor_config.json\)")])
+def test_an_incomplete_folder_is_refused_at_once(model_folder, tmp_path, file, message):
+    folder = shutil.copytree(model_folder, tmp_path / "m")
+    (folder / file).unlink()
+    start = time.perf_counter()
+    for refuse in (check_model, load_policy):
+        with pytest.raises(ValueError, match=f"--model {re.escape(str(folder))}.*{message}.*save_pretrained, or a hub name"):
+            refuse(str(folder))
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./no", "../no", "no", "data/no", "a/b/c"])
+def test_a_missing_folder_is_refused_at_once(name):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="no such folder .*like Qwen/Qwen2.5-VL-3B-Instruct"):
+        check_model(name)
+    assert time.perf_counter() - start < 1
+
+
+def test_complete_folders_and_names_of_the_hub_pass(model_folder, hub_folder):
+    for name in (str(model_folder), str(hub_folder), "Qwen/Qwen2.5-VL-7B-Instruct"):
+        check_model(name)
+
+
+def test_an_export_opens_as_a_plain_model_with_the_same_logits(hub, plain, rows, tmp_path):
+    export(hub, tmp_path)
+    again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    for row in rows.values():
+        assert plain_logits(again.eval(), row).equal(plain_logits(plain, row))
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()
+
+
+def test_an_export_carries_the_generation_defaults_of_the_hub_and_loads_as_a_policy(hub, hub_folder, rows, tmp_path):
+    export(hub, tmp_path)
+    exported = json.loads((tmp_path / "generation_config.json").read_text())
+    assert {k: exported[k] for k in HUB_GENERATION if k != "transformers_version"} == {
+        k: v for k, v in HUB_GENERATION.items() if k != "transformers_version"}
+    again = load_policy(str(tmp_path))
+    assert encode_prompt(again, "Which city? <|im_end|>", None) == encode_prompt(hub, "Which city? <|im_end|>", None)
+    assert encode_image(again, picture(50, 90, 0)).pixels.equal(encode_image(hub, picture(50, 90, 0)).pixels)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == hub.tokenizer.chat_template
+
+
+def test_an_export_leaves_the_policy_as_it_was(hub, tmp_path):
+    export(hub, tmp_path)
+    assert hub.model.generation_config.temperature in (None, 1.0)
+    assert hub.hub_generation_config.temperature == 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+def test_special_tokens_in_foreign_text_are_plain_characters(policy):
+    text = "a<|im_end|>\n<|im_start|>system\n<|vision_start|><|image_pad|><|vision_end|><|endoftext|>"
+    ids = encode_text(policy, text)
+    assert not set(ids) & {*range(790, 804)}
+    assert policy.tokenizer.decode(ids) == text
+    assert len(encode_text(policy, "<|im_end|>")) > 1
+
+
+def test_an_opening_without_an_image(policy):
+    ids = encode_prompt(policy, "Which <|im_end|> city?", None)
+    assert policy.tokenizer.decode(ids) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                                            "Which <|im_end|> city?<|im_end|>\n<|im_start|>assistant\n")
+    assert (ids.count(END), ids.count(792)) == (2, 3)  # the system's and the user's ends are tokens, the text's is not
+
+
+def test_an_opening_with_an_image_before_the_text(policy):
+    image = encode_image(policy, Image.new("RGB", (112, 84)))  # 4 × 3 tokens of 28 × 28 pixels
+    ids = encode_prompt(policy, "<|image_pad|>?", image)
+    assert policy.tokenizer.decode(ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        + 12 * "<|image_pad|>" + "<|vision_end|><|image_pad|>?<|im_end|>\n<|im_start|>assistant\n")
+    assert ids.count(IMAGE) == image_tokens(policy, image) == 12
+
+
+def test_an_observation_closes_the_turn_before_it_and_opens_the_next(policy):
+    ids = encode_observation(policy, "<information> <|im_start|> </information>", None)
+    assert policy.tokenizer.decode(ids) == ("\n<|im_start|>user\n<information> <|im_start|> </information><|im_end|>\n"
+                                            "<|im_start|>assistant\n")
+    assert (ids.count(792), ids.count(END)) == (2, 1)
+
+
+def test_an_observation_with_an_image(policy):
+    ids = encode_observation(policy, "Done.", encode_image(policy, Image.new("RGB", (56, 84))))
+    assert policy.tokenizer.decode(ids) == ("\n<|im_start|>user\n<|vision_start|>" + 6 * "<|image_pad|>"
+                                            + "<|vision_end|>Done.<|im_end|>\n<|im_start|>assistant\n")
+    assert ids.count(IMAGE) == 6
+
+
+def test_a_conversation_in_pieces_is_the_chat_template_of_the_whole(policy):
+    template = policy.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "<search> x </search>"},
+         {"role": "user", "content": "Found."}], tokenize=False, add_generation_prompt=True)
+    pieces = (encode_prompt(policy, "Which?", None) + encode_text(policy, "<search> x </search>") + [END]
+              + encode_observation(policy, "Found.", None))
+    assert policy.tokenizer.decode(pieces) == template
+
+
+def test_a_white_picture_in_numbers(policy):
+    image = encode_image(policy, Image.new("RGB", (56, 84), "white"))
+    assert image.grid == (1, 6, 4)  # time, height, width in patches of 14 pixels
+    assert image.pixels.shape == (24, 1176) and image.pixels.dtype == torch.float32
+    red, green, blue = image.pixels[0].reshape(3, 392)  # a channel holds 2 frames of 14 × 14; (1 - mean) / std of CLIP
+    for channel, value in ((red, 1.930336), (green, 2.074884), (blue, 2.145897)):
+        assert torch.allclose(channel, torch.tensor(value), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_pictures_of_any_mode_are_encoded_as_their_rgb(policy, mode):
+    image = picture(60, 90, 3).convert(mode)
+    assert encode_image(policy, image).pixels.equal(encode_image(policy, image.convert("RGB")).pixels)
+    assert encode_image(policy, image).grid == (1, 6, 4)
+
+
+@pytest.mark.parametrize("size, grid", [
+    ((56, 56), (1, 4, 4)), ((1, 1), (1, 4, 4)), ((20, 100), (1, 8, 2)), ((69, 71), (1, 6, 4)),
+    ((448, 896), (1, 64, 32)),  # 401,408 pixels, just within
+    ((900, 900), (1, 44, 44)), ((4000, 1000), (1, 22, 90))])  # 616 × 616 and 1260 × 308
+def test_pictures_are_resized_to_multiples_of_28_within_the_default_bounds(policy, size, grid):
+    assert encode_image(policy, Image.new("RGB", size)).grid == grid
+
+
+@pytest.mark.parametrize("layout", ["model_folder", "hub_folder"])
+def test_the_bounds_on_pixels_hold_whatever_the_folder_says(layout, request):
+    narrow = load_policy(str(request.getfixturevalue(layout)), min_pixels=80 * 80, max_pixels=120 * 120)
+    assert encode_image(narrow, Image.new("RGB", (300, 300))).grid == (1, 8, 8)
+    assert encode_image(narrow, Image.new("RGB", (30, 30))).grid == (1, 6, 6)
+
+
+def test_the_default_bounds_hold_for_a_folder_of_the_hub(hub):
+    assert encode_image(hub, Image.new("RGB", (900, 900))).grid == (1, 44, 44)
+
+
+# ----------------------------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("side, start", [("left", 3), ("right", 0)])
+def test_positions_of_examples_worked_by_hand(policy, side, start):
+    # Three words, an image of 2 × 2 tokens, two words. An image advances the clock by its longer side.
+    square = Row([1, 2, 3, IMAGE, IMAGE, IMAGE, IMAGE, 4, 5], [EncodedImage(torch.zeros(16, 1176), (1, 4, 4))])
+    # One word, an image one token high and three wide, a word, the same on end, a word. Twelve tokens.
+    twice = Row([1, IMAGE, IMAGE, IMAGE, 2, IMAGE, IMAGE, IMAGE, 3, 4, 5, 6],
+                [EncodedImage(torch.zeros(12, 1176), (1, 2, 6)), EncodedImage(torch.zeros(12, 1176), (1, 6, 2))])
+    inputs = model_inputs(policy, [square, twice], side)
+    assert inputs["position_ids"].shape == (3, 2, 12)
+    assert inputs["position_ids"][:, 0, start:start + 9].tolist() == [
+        # 1  2  3  image...... 4  5
+        [0, 1, 2, 3, 3, 3, 3, 5, 6],  # time
+        [0, 1, 2, 3, 3, 4, 4, 5, 6],  # height
+        [0, 1, 2, 3, 4, 3, 4, 5, 6]]  # width
+    assert inputs["position_ids"][:, 1].tolist() == [
+        [0, 1, 1, 1, 4, 5, 5, 5, 8, 9, 10, 11],
+        [0, 1, 1, 1, 4, 5, 6, 7, 8, 9, 10, 11],
+        [0, 1, 2, 3, 4, 5, 5, 5, 8, 9, 10, 11]]
+
+
+def test_the_inputs_of_a_padded_batch(policy):
+    image = EncodedImage(torch.ones(16, 1176), (1, 4, 4))
+    rows = [Row([7]), Row([8, IMAGE, IMAGE, IMAGE, IMAGE], [image])]
+    left, right = model_inputs(policy, rows, "left"), model_inputs(policy, rows, "right")
+    assert left["input_ids"].tolist() == [[PAD, PAD, PAD, PAD, 7], [8, IMAGE, IMAGE, IMAGE, IMAGE]]
+    assert right["input_ids"].tolist() == [[7, PAD, PAD, PAD, PAD], [8, IMAGE, IMAGE, IMAGE, IMAGE]]
+    assert left["attention_mask"].tolist() == [[0, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
+    assert right["attention_mask"].tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert left["image_grid_thw"].tolist() == [[1, 4, 4]] and left["pixel_values"].shape == (16, 1176)
+
+
+def test_images_follow_the_order_of_the_sequences(policy):
+    images = [EncodedImage(torch.full((4 * n, 1176), float(n)), (1, 2, 2 * n)) for n in (1, 2, 3)]
+    rows = [Row([IMAGE] * 3 + [5] + [IMAGE], [images[2], images[0]]), Row([5]), Row([IMAGE] * 2, [images[1]])]
+    inputs = model_inputs(policy, rows, "right")
+    assert inputs["image_grid_thw"].tolist() == [[1, 2, 6], [1, 2, 2], [1, 2, 4]]
+    assert inputs["pixel_values"][:, 0].tolist() == [3.0] * 12 + [1.0] * 4 + [2.0] * 8
+
+
+def test_a_batch_without_images_has_no_pixels_and_counts_its_positions(policy):
+    inputs = model_inputs(policy, [Row([5, 6, 7]), Row([5])], "left")
+    assert set(inputs) == {"input_ids", "attention_mask", "position_ids"}
+    assert inputs["position_ids"][:, 0].tolist() == [[0, 1, 2]] * 3
+    assert inputs["position_ids"][:, 1, 2].tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_in_a_batch_are_those_of_the_sequence_alone(hub, plain, rows, side):
+    inputs = model_inputs(hub, [*rows.values()], side)
+    for b, row in enumerate(rows.values()):
+        ids = torch.tensor([row.ids])
+        grids = torch.tensor([i.grid for i in row.images]) if row.images else None
+        alone, _ = plain.model.get_rope_index(ids, (ids == IMAGE).int(), image_grid_thw=grids)
+        assert inputs["position_ids"][:, b, inputs["attention_mask"][b].bool()].equal(alone[:, 0])
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("names", [["text"], ["image"], ["images"], ["long", "image", "text", "images", "text"]], ids="+".join)
+def test_tokens_are_sampled_from_the_law_of_the_plain_model(hub, plain, rows, names, temperature):
+    torch.manual_seed(0)
+    batch = [rows[name] for name in names]
+    for row, (ids, logps) in zip(batch, generate(hub, batch, max_new_tokens=8, temperature=temperature, batch_tokens=9999),
+                                 strict=True):
+        law = plain_law(plain, Row(row.ids + ids, row.images), temperature)
+        expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+        assert len(ids) == len(logps) == 8 or ids[-1] == END
+        assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
+
+
+def test_samples_are_as_frequent_as_they_are_probable(hub, plain, rows):
+    # The defaults of the hub would draw the same token 400 times; a penalty or a cut would shift the counts.
+    torch.manual_seed(0)
+    row, count = rows["text"], 400
+    drawn = [ids[0] for ids, _ in generate(hub, [row] * count, max_new_tokens=1, temperature=1.0, batch_tokens=99999)]
+    chances = plain_law(plain, row)[-1].exp()
+    for group in chances.argsort(descending=True)[:8 * 16].split(16):  # sixteen ids at a time, the likeliest first
+        chance = chances[group].sum().item()
+        spread = math.sqrt(count * chance * (1 - chance))
+        assert abs(sum(i in group.tolist() for i in drawn) - count * chance) < 4 * spread  # 4 sigma: 1 in 16,000
+    assert len(set(drawn)) > 50
+
+
+def test_samples_of_one_prompt_differ_and_a_seed_repeats_them(hub, rows):
+    def sample(seed):
+        torch.manual_seed(seed)
+        return generate(hub, [rows["image"]] * 8, max_new_tokens=8, temperature=1.0, batch_tokens=9999)
+    first = sample(0)
+    assert len({tuple(ids) for ids, _ in first}) == 8
+    assert sample(0) == first
+    assert sample(1) != first
+
+
+def test_temperature_zero_takes_the_likeliest_token_and_reports_log_probs_at_one(hub, plain, rows):
+    for row, (ids, logps) in zip(rows.values(), generate(hub, [*rows.values()], max_new_tokens=6, temperature=0.0,
+                                                         batch_tokens=9999)):
+        law = plain_law(plain, Row(row.ids + ids, row.images))[len(row.ids) - 1:-1]
+        assert law.argmax(dim=1).tolist() == ids
+        assert torch.allclose(torch.tensor(logps), law.max(dim=1).values, atol=TOLERANCE)
+
+
+def test_cutting_the_batch_changes_no_result_and_no_order(hub, rows):
+    batch = [rows[name] for name in ("long", "text", "images", "text", "image")]
+    whole, cut = (generate(hub, batch, max_new_tokens=4, temperature=0.0, batch_tokens=n) for n in (9999, 1))
+    assert [ids for ids, _ in whole] == [ids for ids, _ in cut]
+    assert torch.allclose(torch.tensor([p for _, p in whole]), torch.tensor([p for _, p in cut]), atol=TOLERANCE)
+
+
+@pytest.fixture
+def biased(hub_folder):
+    """A policy of one's own whose head has a bias, zero so far."""
+    policy = load_policy(str(hub_folder))
+    policy.model.lm_head.bias = torch.nn.Parameter(torch.zeros(V_PADDED))
+    return policy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_no_special_token_is_sampled_even_where_it_is_the_likeliest(biased, hub, rows, temperature):
+    with torch.no_grad():
+        biased.model.lm_head.bias[SUPPRESSED] = 100.0  # 100 nats ahead of every other
+        biased.model.lm_head.bias[IMAGE] = 200.0
+    results = []
+    for policy in (biased, hub):
+        torch.manual_seed(0)
+        results.append(generate(policy, [rows["text"], rows["image"]] * 4, max_new_tokens=8, temperature=temperature,
+                                batch_tokens=9999))
+    assert not {i for ids, _ in results[0] for i in ids} & {*range(791, 832)}
+    assert [ids for ids, _ in results[0]] == [ids for ids, _ in results[1]]  # nor do they draw chance away from the others
+    for (_, logps), (_, expected) in zip(*results):
+        assert logps == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_row_ends_with_its_end_token_while_others_go_on(biased, rows):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        biased.model.lm_head.bias[END] = 5.0
+    results = generate(biased, [rows["text"], rows["image"]] * 8, max_new_tokens=10, temperature=1.0, batch_tokens=9999)
+    assert {len(ids) for ids, _ in results} >= {2, 4, 10}  # some end soon, some never
+    for row, (ids, logps) in zip([rows["text"], rows["image"]] * 8, results):
+        assert END not in ids[:-1] and PAD not in ids
+        assert ids[-1] == END or len(ids) == 10
+        law = plain_law(biased.model, Row(row.ids + ids, row.images))
+        expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+        assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)  # the end token's own among them
+
+
+def test_rows_are_cut_into_consecutive_runs_within_the_budget():
+    rows = [Row([0] * n) for n in (3, 3, 2, 5, 1, 1, 1, 9, 1)]
+    def lengths(budget, extra=0):
+        return [[len(r.ids) for r in run] for run in split_by_tokens(rows, budget, extra)]
+    assert lengths(10) == [[3, 3, 2], [5, 1], [1, 1], [9], [1]]  # 3 × 3, 2 × 5, 2 × 1, 9, 1
+    assert lengths(9) == [[3, 3, 2], [5], [1, 1, 1], [9], [1]]
+    assert lengths(1) == [[3], [3], [2], [5], [1], [1], [1], [9], [1]]  # never an empty run
+    assert lengths(81) == [[3, 3, 2, 5, 1, 1, 1, 9, 1]]
+    assert lengths(14, extra=4) == [[3, 3], [2], [5], [1, 1], [1], [9], [1]]  # 2 × 7, 6, 9, 2 × 5, 5, 13, 5
+    assert [*split_by_tokens([], 10)] == []
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def scattered(inputs, rows):
+    """An action mask (B, T) with gaps, as of several turns: every token whose place in its own row is 2 to 5 modulo 7."""
+    mask = torch.zeros_like(inputs["input_ids"]).bool()
+    for b, row in enumerate(rows):
+        ids = torch.tensor(row.ids)
+        places = torch.arange(len(ids))
+        mask[b, inputs["attention_mask"][b].bool()] = (places > 0) & (places % 7 > 1) & (places % 7 < 6) & (ids < 791)
+    return mask
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("names", [["text"], ["images"], ["image", "long", "text", "images"], ["long", "text"]], ids="+".join)
+@torch.no_grad()
+def test_scores_are_the_log_probs_of_the_plain_model(hub, plain, rows, names, side, temperature):
+    batch = [rows[name] for name in names]
+    inputs = model_inputs(hub, batch, side)
+    mask = scattered(inputs, batch)
+    logps, entropy = score(hub, inputs, mask, temperature)
+    assert (logps.shape, entropy.shape, logps.dtype, entropy.dtype) == (mask.shape, mask.shape, torch.float32, torch.float32)
+    assert logps[~mask].count_nonzero() == entropy[~mask].count_nonzero() == 0
+    for b, row in enumerate(batch):
+        real = inputs["attention_mask"][b].bool()
+        law = plain_law(plain, row, temperature)[:-1]
+        chosen = mask[b, real][1:]
+        assert chosen.sum() > 5
+        expected = law.gather(1, torch.tensor(row.ids)[1:, None])[:, 0][chosen]
+        surprise = -(law.exp() * law.clamp(min=-1e9)).sum(dim=1)[chosen]
+        assert torch.allclose(logps[b, real][1:][chosen], expected, atol=1e-5, rtol=1e-5)  # fp32; log-probs go to -30
+        assert torch.allclose(entropy[b, real][1:][chosen], surprise, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_sampled_is_scored_the_same(hub, rows):
+    torch.manual_seed(0)
+    batch = [*rows.values()]
+    sampled = generate(hub, batch, max_new_tokens=12, temperature=0.9, batch_tokens=600)
+    whole = [Row(row.ids + ids, row.images) for row, (ids, _) in zip(batch, sampled)]
+    inputs = model_inputs(hub, whole, "right")
+    mask = torch.zeros_like(inputs["input_ids"]).bool()
+    for b, (row, (ids, _)) in enumerate(zip(batch, sampled)):
+        mask[b, len(row.ids):len(row.ids) + len(ids)] = True
+    with torch.no_grad():
+        logps, _ = score(hub, inputs, mask, 0.9)
+    for b, (_, expected) in enumerate(sampled):
+        assert torch.allclose(logps[b][mask[b]], torch.tensor(expected), atol=TOLERANCE)
+
+
+def test_a_score_does_not_depend_on_what_comes_later(hub, rows):
+    short = rows["image"]
+    long = Row(short.ids + [5, 6, 7, 8], short.images)
+    results = []
+    for row in (short, long):
+        inputs = model_inputs(hub, [row], "right")
+        mask = torch.zeros_like(inputs["input_ids"]).bool()
+        mask[:, len(short.ids) - 5:len(short.ids)] = True
+        with torch.no_grad():
+            results.append(score(hub, inputs, mask, 1.0)[0][mask])
+    assert torch.allclose(*results, atol=1e-5)
+
+
+def test_the_gradient_of_a_score_is_that_of_the_plain_model(hub_folder, rows):
+    policy, model = load_policy(str(hub_folder)), Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        hub_folder, dtype=torch.float32).eval()
+    row = rows["image"]
+    inputs = model_inputs(policy, [row], "right")
+    mask = scattered(inputs, [row])
+    logps, _ = score(policy, inputs, mask, 1.0)
+    logps.sum().backward()
+    ids = torch.tensor([row.ids])
+    logits = model(input_ids=ids, pixel_values=row.images[0].pixels, image_grid_thw=torch.tensor([row.images[0].grid]),
+                   mm_token_type_ids=(ids == IMAGE).int()).logits[0, :-1]
+    kept = [i for i in range(V_PADDED) if i not in SUPPRESSED]
+    law = logits[:, kept].log_softmax(dim=1)  # 0 to 790: an id is its own place
+    law[mask[0, 1:]].gather(1, ids[0, 1:][mask[0, 1:], None]).sum().backward()
+    for (name, mine), theirs in zip(policy.model.named_parameters(), model.parameters(), strict=True):
+        assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, name  # fp32
+        assert theirs.grad.norm() > 0, name
+
+
+def test_a_batch_without_images_gives_the_vision_tower_a_gradient_of_zero(model_folder):
+    policy = load_policy(str(model_folder))
+    inputs = model_inputs(policy, [Row([5, 6, 7, 8])], "right")
+    score(policy, inputs, torch.tensor([[False, False, True, True]]), 1.0)[0].sum().backward()
+    for parameter in policy.model.model.visual.parameters():
+        assert parameter.grad is not None and parameter.grad.count_nonzero() == 0  # there is one, for FSDP to reduce
+    assert policy.model.model.language_model.embed_tokens.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_a_batch_without_action_tokens_scores_zero_and_can_be_differentiated(hub_folder, rows, name):
+    policy = load_policy(str(hub_folder))
+    inputs = model_inputs(policy, [rows[name]], "right")
+    logps, entropy = score(policy, inputs, torch.zeros_like(inputs["input_ids"]).bool(), 1.0)
+    assert logps.count_nonzero() == entropy.count_nonzero() == 0
+    logps.sum().backward()
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0
+               for p in policy.model.model.language_model.layers.parameters())
+
+
+def test_gradient_checkpointing_changes_no_score_and_no_gradient(hub_folder, rows):
+    row, results = rows["images"], []
+    for checkpointing in (False, True):
+        policy = load_policy(str(hub_folder), gradient_checkpointing=checkpointing)
+        policy.model.train()
+        inputs = model_inputs(policy, [row], "right")
+        logps, _ = score(policy, inputs, scattered(inputs, [row]), 1.0)
+        logps.sum().backward()
+        results.append((logps.detach(), torch.cat([p.grad.flatten() for p in policy.model.parameters()])))
+    (logps, gradient), (again_logps, again_gradient) = results
+    assert torch.allclose(logps, again_logps, atol=1e-6)
+    assert (gradient - again_gradient).norm() <= 1e-5 * gradient.norm()
+
+
+# ---------------------------------------------------------------------------------------------------- published shapes
+
+VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "in_chans": 3,
+          "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+TEXT = {"model_type": "qwen2_5_vl", "rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653, "image_token_id": 151655, "video_token_id": 151656}
+PUBLISHED = {
+    "3B": TEXT | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+                  "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+                  "vision_config": VISION | {"out_hidden_size": 2048}},
+    "7B": TEXT | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                  "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+                  "vision_config": VISION | {"out_hidden_size": 3584}}}
+
+
+@pytest.mark.parametrize("name, parameters", [("3B", 3_754_622_976), ("7B", 8_292_166_656)])
+def test_the_published_shapes_have_the_published_number_of_weights(name, parameters):
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(json.loads(json.dumps(PUBLISHED[name]))))
+    assert sum(p.numel() for p in model.parameters()) == parameters  # a tied head counts once
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (name == "3B")
+    # What the code reaches into: the layers and blocks that are sharded, the head that scores, the blank image's shape.
+    assert len(model.model.language_model.layers) == PUBLISHED[name]["num_hidden_layers"]
+    assert len(model.model.visual.blocks) == 32
+    assert model.lm_head.weight.shape == (PUBLISHED[name]["vocab_size"], PUBLISHED[name]["hidden_size"])
+    embed = model.model.visual.patch_embed
+    assert embed.in_channels * embed.temporal_patch_size * embed.patch_size**2 == 1176
+
+
+def memory_available():
+    """Bytes, or none where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+
+
+@pytest.mark.skipif(memory_available() < 10e9, reason="needs 10 GB of free memory: two layers of 3B with their gradients")
+def test_two_layers_of_3b_learn_from_an_image_of_401_408_pixels(model_folder, tmp_path):
+    config = json.loads(json.dumps(PUBLISHED["3B"])) | {"num_hidden_layers": 2}
+    config["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1]}
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_dict(config), dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    noise = (0.02 * torch.randn(1_000_003)).bfloat16()  # repeated: half a billion draws would take longer than the test
+    def values(name, like):
+        if like.ndim == 1:
+            return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        return noise.repeat(like.numel() // len(noise) + 1)[:like.numel()].reshape(like.shape)
+    model.save_pretrained(tmp_path, state_dict={name: values(name, p) for name, p in model.named_parameters()})
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+        shutil.copy(model_folder / file, tmp_path)
+    policy = load_policy(str(tmp_path), device=torch.device("cpu"))
+    shutil.rmtree(tmp_path)  # a gigabyte
+    policy.suppressed = torch.tensor([*range(151643, 151645), *range(151646, 151657), *range(151665, 151936)])  # the hub's
+
+    image = encode_image(policy, picture(896, 448, 0))
+    assert (image.grid, image_tokens(policy, image)) == ((1, 32, 64), 512)
+    ids = [151644, 872, 198, 151652, *[151655] * 512, 151653, 3838, 30, 151645, 198, 151644, 77091, 198, 785, 4226, 151645]
+    inputs = model_inputs(policy, [Row(ids, [image])], "right")
+    mask = torch.tensor([[False] * (len(ids) - 3) + [True] * 3])
+    logps, entropy = score(policy, inputs, mask, 1.0)
+    logps.sum().backward()
+    # With random weights the 151,652 ids left are about equally likely. ln 151,652 = 11.93; logits have a std of 0.9 and so
+    # take half of 0.9² off the entropy; one log-prob may be off by a few std.
+    assert entropy[mask].tolist() == pytest.approx([11.52] * 3, abs=0.1)
+    assert logps[mask].tolist() == pytest.approx([-12.34] * 3, abs=4)
+    embedding = policy.model.get_input_embeddings().weight.grad  # embedding and head in one
+    for gradient in (embedding, policy.model.model.visual.patch_embed.proj.weight.grad,
+                     policy.model.model.visual.blocks[1].mlp.down_proj.weight.grad,
+                     policy.model.model.language_model.layers[0].self_attn.q_proj.weight.grad):
+        assert 0 < gradient.norm() < math.inf
+    assert embedding[100].norm() > 0  # not in the text: the head's share
+    assert embedding[151652].norm() > 0  # suppressed in the head, so this is the embedding's share
+    assert embedding[151656].norm() == embedding[151900].norm() == 0  # suppressed and not in the text

@@ -1,0 +1,158 @@
+"""model.py and train.py over ranks: two processes do what one does. Real ones, on the CPU, talking by gloo."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from make_model import make_model
+from model import load_policy
+
+WORKER = Path(__file__).parent / "ranks_worker.py"
+TIMEOUT = 150  # seconds; the ranks themselves give up after a minute without an answer
+
+
+@pytest.fixture(scope="module")
+def reference_folder(tmp_path_factory, policy):
+    """Another model with the same tokenizer, so that the KL is not 0."""
+    folder = tmp_path_factory.mktemp("reference")
+    for part in (make_model(policy.tokenizer, seed=1), policy.tokenizer, Qwen2VLImageProcessorPil()):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, model_folder, reference_folder):
+    """ranks(part, world_size, rank): what that rank wrote down. All parts run once, on one rank and on two."""
+    out = tmp_path_factory.mktemp("ranks")
+    logs = {}
+    for size in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", str(WORKER),
+                   str(model_folder), str(reference_folder), str(out)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        try:
+            logs[size] = process.communicate(timeout=TIMEOUT)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
+            logs[size] = f"no end after {TIMEOUT} s\n{process.communicate()[0]}"
+
+    def read(part, size, rank):
+        path = out / f"{part}-{size}-{rank}.pt"
+        if not path.exists():
+            pytest.fail(f"rank {rank} of {size} did not get as far as {part!r}:\n{logs[size][-6000:]}")
+        return torch.load(path)
+    read.out = out
+    return read
+
+
+def assert_same(left, right, **tolerance):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+# ---- load and save ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, rank", [(1, 0), (2, 0), (2, 1)])
+def test_sharded_load_is_the_whole_model(ranks, policy, size, rank):
+    loaded = ranks("load", size, rank)
+    assert_same(loaded["weights"], {name: p.detach() for name, p in policy.model.named_parameters()}, atol=0, rtol=0)
+    assert_same(loaded["buffers"], dict(policy.model.named_buffers()), atol=0, rtol=0)
+    assert loaded["tied"]
+
+
+def test_two_ranks_share_the_weights(ranks, policy):
+    total = sum(p.numel() for p in policy.model.parameters())
+    first, second = (ranks("load", 2, rank)["here"] for rank in range(2))
+    assert ranks("load", 1, 0)["here"] == first + second == total
+    assert 0.45 * total < first < 0.55 * total
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_export_is_a_plain_hugging_face_folder_of_the_trained_weights(ranks, model_folder, size):
+    trained, folder = ranks("adamw", size, 0)["weights"], ranks.out / f"exported-{size}"
+    config, original = (json.loads((f / "config.json").read_text()) for f in (folder, model_folder))
+    assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    assert config == original | {"dtype": config["dtype"]}
+    assert json.loads((folder / "generation_config.json").read_text()) == json.loads(
+        (model_folder / "generation_config.json").read_text())
+    exported = load_policy(str(folder))
+    assert_same({name: p.detach() for name, p in exported.model.named_parameters()}, trained, atol=0, rtol=0)
+    assert exported.model.lm_head.weight is exported.model.model.language_model.embed_tokens.weight
+    assert load_file(folder / "model.safetensors").keys() == load_file(model_folder / "model.safetensors").keys()
+    assert len(exported.tokenizer) == len(load_policy(str(model_folder)).tokenizer)
+
+
+# ---- rollouts ---------------------------------------------------------------------------------------------------------
+
+def test_ranks_take_different_numbers_of_turns_and_sample_what_a_whole_model_samples(ranks):
+    first, second = ranks("sample", 2, 0), ranks("sample", 2, 1)
+    assert (first["sharded"]["turns"], first["sharded"]["images"]) == ([3, 3, 3], [3, 3, 3])
+    assert (second["sharded"]["turns"], second["sharded"]["images"]) == ([1, 1, 1], [0, 0, 0])
+    for seen in (first, second):
+        assert seen["sharded"]["ids"] == seen["whole"]["ids"]
+        assert len({tuple(ids) for ids in seen["sharded"]["ids"]}) == 3
+        for sharded, whole in zip(seen["sharded"]["logps"], seen["whole"]["logps"]):
+            assert sharded == pytest.approx(whole, abs=1e-5)
+    assert second["left"] < first["left"]  # it did not wait for the other's turns
+
+
+def test_weights_are_spread_again_after_the_rollouts(ranks):
+    for rank in range(2):
+        assert ranks("sample", 2, rank)["here"] == ranks("load", 2, rank)["here"]
+        sharded, whole = ranks("sample", 2, rank)["logps"]
+        torch.testing.assert_close(sharded, whole, atol=1e-5, rtol=0)
+
+
+# ---- updates ----------------------------------------------------------------------------------------------------------
+
+def test_ranks_and_budgets_cut_the_same_rollouts_unlike(ranks):
+    """What the tests below compare: 5 rollouts of text on rank 0, 3 with images on rank 1, and all 8 on one rank."""
+    seen = {(budget, size, rank): ranks(f"gradient_{budget}", size, rank)
+            for budget in ("small", "large") for size, rank in [(1, 0), (2, 0), (2, 1)]}
+    assert {key: (value["num_real"], value["num"]) for key, value in seen.items()} == {
+        ("small", 1, 0): (6, 6), ("small", 2, 0): (4, 4), ("small", 2, 1): (2, 4),
+        ("large", 1, 0): (1, 1), ("large", 2, 0): (1, 1), ("large", 2, 1): (1, 1)}
+    assert not any(seen["small", 2, 0]["images"]) and all(seen["small", 2, 1]["images"])
+    assert {key: value["metrics"]["tokens"] for key, value in seen.items()} == dict.fromkeys(seen, 160)
+
+
+OTHERS = [("gradient_large", 1, 0), ("gradient_small", 2, 0), ("gradient_small", 2, 1), ("gradient_large", 2, 0)]
+
+
+@pytest.mark.parametrize("part, size, rank", OTHERS)
+def test_metrics_do_not_depend_on_ranks_or_micro_batches(ranks, part, size, rank):
+    expected, metrics = ranks("gradient_small", 1, 0)["metrics"], ranks(part, size, rank)["metrics"]
+    assert expected["kl"] > 0 and expected["grad_norm"] > 0.1
+    assert metrics == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("part, size, rank", OTHERS)
+def test_the_gradient_does_not_depend_on_ranks_or_micro_batches(ranks, part, size, rank):
+    expected, gradient = ranks("gradient_small", 1, 0)["moved"], ranks(part, size, rank)["moved"]
+    assert all(expected[name].any() for name in expected)  # the vision tower learns too
+    for name in expected:
+        torch.testing.assert_close(gradient[name], expected[name], rtol=0, atol=1e-5 * expected[name].abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("loss", ["dr_grpo", "dapo"])
+def test_other_losses_do_not_depend_on_ranks(ranks, loss):
+    one, two = ranks(f"gradient_{loss}", 1, 0), ranks(f"gradient_{loss}", 2, 1)
+    assert two["metrics"] == {name: pytest.approx(value, rel=1e-5) for name, value in one["metrics"].items()}
+    assert_same(two["moved"], one["moved"], atol=1e-6, rtol=0)
+    assert one["metrics"]["loss"] != pytest.approx(ranks("gradient_small", 1, 0)["metrics"]["loss"], rel=1e-2)
+
+
+def test_weights_after_a_step_of_adamw_do_not_depend_on_ranks(ranks):
+    one, two, other = ranks("adamw", 1, 0), ranks("adamw", 2, 0), ranks("adamw", 2, 1)
+    assert_same(two["weights"], other["weights"], atol=0, rtol=0)
+    # The first step of AdamW moves a weight by 1e-4, by whatever little its gradient is: an error of sign would be 2e-4.
+    assert_same(two["weights"], one["weights"], atol=1e-5, rtol=0)
+    assert max(moved.abs().max().item() for moved in one["moved"].values()) > 0.9e-4
