@@ -65,7 +65,8 @@ def _read_rows(path):
     values = [_parse(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]
     rows = values if is_jsonl or not values else values[0]
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: must be a list of rows, got {str(rows)[:40]}; write [{{…}}], or one {{…}} a line in .jsonl")
+        raise ValueError(f"{path}: must be a list of rows, got {str(rows)[:40]}; write [{{…}}], "
+                         "or one {…} a line in .jsonl")
     return rows
 
 

@@ -45,7 +45,7 @@ def draw_curves(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int
         draw.line([point(i, v) for i, v in enumerate(values[:steps])], fill=colour, width=2)
     middle = [median(values[i] for values in series) for i in range(steps)]
     draw.line([point(i, v) for i, v in enumerate(middle)], fill=INK, width=4, joint="curve")
-    draw.text((left, top - 34), "success of the sampled rollouts, by step", fill=INK, font=font(18))
+    draw.text((left, top - 56), "success of the sampled rollouts, by step", fill=INK, font=font(18))
     for i, (run, colour) in enumerate(zip([*[run.name for run in runs], "median"], [*COLOURS[:len(runs)], INK])):
         draw.text((right - 90, bottom - 26 * (len(runs) + 1 - i)), run, fill=colour, font=font(16))
 
@@ -68,17 +68,17 @@ def draw_bars(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int, 
         draw.text((left + slot * (k + 0.5), bottom + 8), kind.replace("overexposure", "overexp."), fill=GREY, font=font(14),
                   anchor="mt")
     title = ", ".join(f"{name} {100 * median(row['success'] for row in picked[name]):.0f} %" for name, _, _ in WHEN)
-    draw.text((left, top - 34), f"held-out success: {title}", fill=INK, font=font(18))
+    draw.text((left, top - 56), f"held-out success: {title}", fill=INK, font=font(18))
     for n, (name, _, _) in enumerate(WHEN):
-        draw.rectangle((left + 130 * n, top - 10, left + 130 * n + 12, top + 2), fill=(PALE, COLOURS[0], GREY)[n])
-        draw.text((left + 130 * n + 18, top - 12), name, fill=GREY, font=font(14))
+        draw.rectangle((left + 130 * n, top - 24, left + 130 * n + 12, top - 12), fill=(PALE, COLOURS[0], GREY)[n])
+        draw.text((left + 130 * n + 18, top - 26), name, fill=GREY, font=font(14))
 
 
 def learning_curve(runs: list[Path]) -> Image.Image:
     image = Image.new("RGB", (1500, 460), "white")
     draw = ImageDraw.Draw(image)
-    draw_curves(draw, runs, (80, 60, 700, 410))
-    draw_bars(draw, runs, (790, 60, 1480, 410))
+    draw_curves(draw, runs, (80, 80, 700, 410))
+    draw_bars(draw, runs, (790, 80, 1480, 410))
     return image
 
 

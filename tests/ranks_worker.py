@@ -52,7 +52,8 @@ def here(policy):
 def load(folder):
     policy = load_policy(folder, shard=True)
     tied = policy.model.lm_head.weight is policy.model.model.language_model.embed_tokens.weight
-    return {"weights": weights(policy), "buffers": dict(policy.model.named_buffers()), "here": here(policy), "tied": tied}
+    buffers = dict(policy.model.named_buffers())
+    return {"weights": weights(policy), "buffers": buffers, "here": here(policy), "tied": tied}
 
 
 def play(policy, rank):

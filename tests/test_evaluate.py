@@ -75,6 +75,13 @@ def test_training_steps_of_mat(tmp_path):
          "type": ["pre_answer"], "split": "all", "solution": "<answer>"}]
 
 
+def test_a_chain_that_already_stands_in_the_problem_is_not_repeated(tmp_path):
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "t.json", [{"image_path": "a.png", "problem": "Read it. so far", "context": "so far",
+                                        "solution": "<answer>"}])
+    assert load_tasks(path)[0]["question"] == "Read it. so far"
+
+
 def test_a_family_in_the_row_wins_and_extra_fields_are_ignored(tmp_path):
     picture(tmp_path / "a.png")
     path = write(tmp_path / "t.json", [{**SEARCH_ROW, "family": "coding", "country": "Italy", "split": "heldout"}])

@@ -128,12 +128,16 @@ def test_the_chunk_changes_no_value_and_no_gradient(chunk):
         assert torch.allclose(a, b, atol=1e-6)  # sums of float32 in another order
 
 
-def test_no_more_than_a_chunk_of_logits_is_kept_for_the_backward_pass():
+def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
     hidden, lm_head, targets = random_case()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        token_logps(hidden, lm_head, targets, temperature=1.0, suppressed=NONE, chunk=3)
-    assert not [shape for shape in saved if shape in ((7, 11), (3, 11), (1, 11))]
+    kept = []
+    with torch.profiler.profile(record_shapes=True) as profile:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+            logps, _ = token_logps(hidden, lm_head, targets, temperature=1.0, suppressed=NONE, chunk=3)
+        logps.sum().backward()
+    softmaxes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_log_softmax"]
+    assert softmaxes == [[3, 11], [3, 11], [1, 11]] + [[1, 11], [3, 11], [3, 11]]  # forward; recomputed on the way back
+    assert not [shape for shape in kept if shape[-1:] == (11,)]  # none waits for the backward pass
 
 
 def test_no_tokens_give_empty_results_that_can_be_differentiated():

@@ -33,8 +33,8 @@ def ranks(tmp_path_factory, model_folder, reference_folder):
     out = tmp_path_factory.mktemp("ranks")
     logs = {}
     for size in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", str(WORKER),
-                   str(model_folder), str(reference_folder), str(out)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}",
+                   str(WORKER), str(model_folder), str(reference_folder), str(out)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
@@ -64,7 +64,7 @@ def without_dtype(config):
             for name, value in config.items() if name != "dtype"}
 
 
-# ---- load and save ----------------------------------------------------------------------------------------------------
+# ---- load and save -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size, rank", [(1, 0), (2, 0), (2, 1)])
 def test_sharded_load_is_the_whole_model(ranks, policy, size, rank):
@@ -92,11 +92,16 @@ def test_export_is_a_plain_hugging_face_folder_of_the_trained_weights(ranks, mod
     exported = load_policy(str(folder))
     assert_same({name: p.detach() for name, p in exported.model.named_parameters()}, trained, atol=0, rtol=0)
     assert exported.model.lm_head.weight is exported.model.model.language_model.embed_tokens.weight
-    assert load_file(folder / "model.safetensors").keys() == load_file(model_folder / "model.safetensors").keys()
     assert len(exported.tokenizer) == len(load_policy(str(model_folder)).tokenizer)
 
 
-# ---- rollouts ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [1, 2])
+def test_export_writes_tied_weights_once(ranks, model_folder, size):
+    assert (load_file(ranks.out / f"exported-{size}" / "model.safetensors").keys()
+            == load_file(model_folder / "model.safetensors").keys())
+
+
+# ---- rollouts ------------------------------------------------------------------------------------------------------
 
 def test_ranks_take_different_numbers_of_turns_and_sample_what_a_whole_model_samples(ranks):
     first, second = ranks("sample", 2, 0), ranks("sample", 2, 1)
@@ -117,7 +122,7 @@ def test_weights_are_spread_again_after_the_rollouts(ranks):
         torch.testing.assert_close(sharded, whole, atol=1e-5, rtol=0)
 
 
-# ---- updates ----------------------------------------------------------------------------------------------------------
+# ---- updates -------------------------------------------------------------------------------------------------------
 
 def test_ranks_and_budgets_cut_the_same_rollouts_unlike(ranks):
     """What the tests below compare: 5 rollouts of text on rank 0, 3 with images on rank 1, and all 8 on one rank."""
@@ -160,6 +165,6 @@ def test_other_losses_do_not_depend_on_ranks(ranks, loss):
 def test_weights_after_a_step_of_adamw_do_not_depend_on_ranks(ranks):
     one, two, other = ranks("adamw", 1, 0), ranks("adamw", 2, 0), ranks("adamw", 2, 1)
     assert_same(two["weights"], other["weights"], atol=0, rtol=0)
-    # The first step of AdamW moves a weight by 1e-4, by whatever little its gradient is: an error of sign would be 2e-4.
+    # The first step of AdamW moves a weight by 1e-4, however little its gradient: a wrong sign would be 2e-4.
     assert_same(two["weights"], one["weights"], atol=1e-5, rtol=0)
     assert max(moved.abs().max().item() for moved in one["moved"].values()) > 0.9e-4

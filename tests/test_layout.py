@@ -1,0 +1,136 @@
+"""The shape of the code: which files there are, who may import whom, how long they may be."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["tools", "reward", "grpo", "model", "rollout", "evaluate", "train"]  # a file imports files before it
+LINES = {"tools": 400, "reward": 220, "grpo": 220, "model": 380, "rollout": 340, "evaluate": 400, "train": 400}
+FORBIDDEN = {("rollout", "reward"), ("tools", "torch")}  # (importer, imported), beyond the order
+PACKAGES = {"torch", "transformers", "PIL", "requests", "numpy", "pytest", "tokenizers", "safetensors", "tqdm"}
+OPTIONAL = {"cv2"}  # never needed to import a file
+WIDTH = 120
+MODULES = [ROOT / f"{name}.py" for name in ORDER]
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tests/*.py")])
+OURS = {path.stem for path in SOURCES}
+
+
+def stem(path):
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(node):
+    """Top-level names of all modules imported anywhere below a node."""
+    names = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in n.names}
+        elif isinstance(n, ast.ImportFrom):
+            names.add("." if n.level else n.module.partition(".")[0])
+    return names
+
+
+def calls(node):
+    """[(line, dotted name)] of all calls below a node: eval, os.system, torch.no_grad ..."""
+    return [(n.lineno, ast.unparse(n.func)) for n in ast.walk(node) if isinstance(n, ast.Call)]
+
+
+def test_seven_files_stand_at_the_top():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == [
+        "evaluate.py", "grpo.py", "model.py", "reward.py", "rollout.py", "tools.py", "train.py"]
+    assert list(ROOT.rglob("__init__.py")) == []  # no package
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_line_budget(name):
+    assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= LINES[name]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_files_above_it(name):
+    names = imported(tree(ROOT / f"{name}.py"))
+    assert names & OURS <= set(ORDER[:ORDER.index(name)])
+    assert {(name, other) for other in names} & FORBIDDEN == set()
+
+
+def test_grpo_imports_nothing_of_ours():
+    assert imported(tree(ROOT / "grpo.py")) & OURS == set()
+
+
+def test_only_tests_import_train():
+    assert [stem(path) for path in SOURCES if "train" in imported(tree(path)) and path.parent.name != "tests"] == []
+
+
+def test_importing_tools_is_light():
+    heavy = "import sys, tools; print(sorted({'torch', 'transformers', 'numpy', 'cv2'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=stem)
+def test_only_the_agreed_packages_are_imported(path):
+    third_party = imported(tree(path)) - set(sys.stdlib_module_names) - OURS
+    assert third_party <= PACKAGES | OPTIONAL
+    for statement in tree(path).body:  # what every import of the file runs
+        assert not isinstance(statement, ast.Import | ast.ImportFrom) or imported(statement) & OPTIONAL == set()
+
+
+DANGEROUS = re.compile(r"(builtins\.)?(eval|exec|compile|__import__)|os\.(system|popen|exec\w*|spawn\w*)|(c?[pP]ickle|"
+                       r"marshal|shelve|dill)\.\w+|subprocess\.getoutput|subprocess\.getstatusoutput")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "tests"], ids=stem)
+def test_text_is_never_run_but_in_the_child(path):
+    assert imported(tree(path)) & {"pickle", "cPickle", "marshal", "shelve", "dill", "joblib"} == set()
+    found = [(line, name) for line, name in calls(tree(path)) if DANGEROUS.fullmatch(name)]
+    if path == ROOT / "tools.py":
+        [child] = [node for node in tree(path).body if isinstance(node, ast.FunctionDef) and node.name == "_run_code"]
+        found = [(line, name) for line, name in found if not child.lineno <= line <= child.end_lineno]
+        assert {name for _, name in calls(child)} >= {"exec", "compile"}  # or the exception above is out of date
+    assert found == []
+    shells = [keyword.value for node in ast.walk(tree(path)) if isinstance(node, ast.Call)
+              for keyword in node.keywords if keyword.arg == "shell"]
+    assert shells == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=stem)
+def test_files_public_functions_and_classes_say_what_they_do(path):
+    module = tree(path)
+    assert ast.get_docstring(module)
+    silent = [node.name for node in module.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+              and not node.name.startswith("_") and not says_what_it_is(node)]
+    assert silent == []
+
+
+def says_what_it_is(node):
+    """A docstring; a record needs none, its fields have types and comments."""
+    record = isinstance(node, ast.ClassDef) and all(isinstance(part, ast.AnnAssign) for part in node.body)
+    return record or bool(ast.get_docstring(node))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=stem)
+def test_lines_are_short(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, start=1) if len(line) > WIDTH] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=stem)
+def test_no_path_of_a_machine(path):
+    machine = re.compile(r"(?<![\w.)}\]])/(" + "|".join(["home", "root", "work", "tmp", "Users", "mnt"]) + r")\b(?!\w)")
+    text = path.read_text(encoding="utf-8")
+    assert [text.count("\n", 0, match.start()) + 1 for match in machine.finditer(text)] == []
+
+
+def test_functions_fit_on_a_page():
+    """60 lines at most, docstring included; but the training loop, whose visible sequence is the lesson."""
+    long = [(stem(path), node.name) for path in MODULES for node in ast.walk(tree(path))
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60]
+    assert set(long) <= {("train", "main")}
