@@ -99,6 +99,13 @@ def gather(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
+def all_reduce(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, float]:
+    """The same named numbers of all ranks, reduced."""
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=pick_device()[0])
+    dist.all_reduce(tensor, op)
+    return dict(zip(values, tensor.tolist()))
+
+
 def check_model(name: str) -> None:
     """Raise ValueError, within milliseconds, if `name` is a local folder that cannot be loaded. Hub names pass."""
     folder = Path(name)

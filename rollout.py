@@ -218,14 +218,14 @@ def _append_observation(policy, rollout, result, text, picture, limits):
         rollout.pictures.append(picture)
 
 
-def rollout_row(rollout: Rollout, folder: Path, name: str) -> dict:
-    """A rollout as a JSON row for people; the images that its tools made are written to folder/name-TURN.png."""
+def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
+    """A rollout as a JSON row for people. With a folder, the images that its tools made are written to folder/name-TURN.png."""
     turns = []
     for n, turn in enumerate(rollout.turns):
         row = {"text": turn.text, "action": turn.action.kind, "observation": turn.observation}
         if turn.result is not None:
             row |= {"ok": turn.result.ok, "error": turn.result.error, "seconds": round(turn.result.seconds, 4)}
-            if turn.result.image is not None:
+            if folder is not None and turn.result.image is not None:
                 row["image"] = f"{name}-{n}.png"
                 (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)
                 turn.result.image.save(folder / row["image"])

@@ -29,8 +29,8 @@ from transformers.utils import logging as hf_logging
 
 from evaluate import load_tasks, success_rates
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
-from model import (MAX_PIXELS, MIN_PIXELS, Policy, check_model, export, gather, gathered, load_policy, pick_device, score,
-                   start_ranks)
+from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, export, gather, gathered, load_policy,
+                   pick_device, score, start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
 from rollout import PROMPTS, Limits, Rollout, Tools, micro_batches, roll_out, rollout_row
 from tools import CodeTool, SearchTool, parse_action
@@ -62,10 +62,8 @@ class Config:
     temperature: float = flag(1.0, "of sampling, and of the scored law")
     batch_tokens: int = flag(16384, "rows x length of one generate call of a rank")
     micro_batch_tokens: int = flag(8192, "rows x length of one forward and backward pass of a rank; not part of the objective")
-    lr: float = flag(3e-4, "peak learning rate of AdamW; the paper's models take 1e-6")
-    warmup_steps: int = flag(2, "updates of linear warm-up; then linear decay to 0 (half-way to 0 for --lr_decay 0.5)")
-    lr_decay: float = flag(0.5, "share of the peak that is lost by the last update, 0 to 1; the released code: 1")
-    weight_decay: float = flag(0.0, "of AdamW")
+    lr: float = flag(3e-4, "learning rate of AdamW at the start; the released code for 3B and 7B: 1e-6")
+    lr_decay: float = flag(0.5, "share of lr lost by the last update, on a line, 0 to 1; the released code: 1")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     beta: float = flag(0.04, "weight of the KL to the starting model; 0 loads no reference")
     loss: str = flag("grpo", f"one of {', '.join(LOSSES)}")
@@ -107,7 +105,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------- stages of a step
-
 
 def prompts_of_step(tasks: list[dict], step: int, config: Config) -> list[dict]:
     """This rank's share of the P tasks of a step: each epoch is a shuffle of its own, a pure function of seed and step."""
@@ -185,58 +182,46 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then a line that ends at (1 - lr_decay) of the peak."""
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    return config.lr * warm * (1 - config.lr_decay * step / config.steps)
-
-
-def all_reduce(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, float]:
-    """The same named numbers of all ranks, reduced."""
-    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=pick_device()[0])
-    dist.all_reduce(tensor, op)
-    return dict(zip(values, tensor.tolist()))
+    """A line from lr to (1 - lr_decay) · lr."""
+    return config.lr * (1 - config.lr_decay * step / config.steps)
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves behind
-
 
 def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: list[float], advantages: list[float],
              metrics: dict[str, float], seconds: dict[str, float], clock: float, config: Config) -> dict:
     """Write a row of metrics.jsonl and, now and then, the rollouts; returns the row. The README defines every metric."""
     out = Path(config.output_dir)
-    if step == 1 or step % config.rollouts_every == 0 or step == config.steps:
-        rows = gather([{**rollout_row(r, out / "rollouts", f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
-                        "reward": rewards[i], "advantage": advantages[i]} for i, r in enumerate(rollouts)])
-        if dist.get_rank() == 0:
-            (out / "rollouts" / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = gather([{
-        "reward": rewards[i], "success": exact_match(r.answer, r.task["answers"]),
-        **{f"reward_{name}": value for name, value in parts[i].items()}, "turns": len(r.turns),
-        "stop_length": r.stop == "length", "stop_invalid": r.stop == "invalid", "flat_groups": advantages[i] == 0.0,
-        "errors": [not turn.result.ok for turn in r.turns if turn.result is not None]} for i, r in enumerate(rollouts)])
-    errors = [error for sample in samples for error in sample.pop("errors")]
-    names = sorted({name for sample in samples for name in sample})
+    shown = out / "rollouts" if step in (1, config.steps) or step % config.rollouts_every == 0 else None
+    rows = gather([{**rollout_row(r, shown, f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
+                    "reward": rewards[i], "advantage": advantages[i]} for i, r in enumerate(rollouts)])
+    oks = [turn["ok"] for row in rows for turn in row["turns"] if "ok" in turn]
+    names = sorted({name for row in rows for name in row["reward_parts"]})
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
-    row = {"step": step, **{name: fmean(sample[name] for sample in samples if name in sample) for name in names},
-           "tool_errors": fmean(errors or [0]), **metrics, "lr": learning_rate(step - 1, config),
+    row = {"step": step, "reward": fmean(r["reward"] for r in rows),
+           **{f"reward_{name}": fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names},
+           "success": fmean(exact_match(r["answer"], r["answers"]) for r in rows),
+           "turns": fmean(len(r["turns"]) for r in rows), "tool_errors": 1 - fmean(oks or [1]),
+           "stop_length": fmean(r["stop"] == "length" for r in rows),
+           "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
+           "flat_groups": fmean(r["advantage"] == 0 for r in rows), **metrics, "lr": learning_rate(step - 1, config),
            "tokens_per_s": metrics["tokens"] / spent["all"], "seconds": spent.pop("all"),
            **{f"seconds_{name}": value for name, value in spent.items()}}
     if dist.get_rank() == 0:
-        append_json(out / "metrics.jsonl", row)
+        with open(out / "metrics.jsonl", "a") as file:
+            print(json.dumps(row), file=file)
+        if shown:
+            (shown / f"step_{step}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return row
 
 
-def append_json(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def read_json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The whole rows of a file; a last one without its line end was cut off by a kill."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
-    """Write beside and rename: a checkpoint that has its final name is whole. The one before the last is then removed."""
+    """Write beside and rename: a checkpoint that has its final name is whole. All but the last two are then removed."""
     out = Path(config.output_dir)
     final, temporary = out / f"checkpoint-{step}", out / f"checkpoint-{step}.tmp"
     if dist.get_rank() == 0:
@@ -286,7 +271,8 @@ def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, 
     rates = success_rates(policy, tasks, tools, replace(config.limits(), max_turns=config.max_turns),
                           temperature=config.eval_temperature, prompt=config.prompt)
     if dist.get_rank() == 0:
-        append_json(path, {"step": step, "tools": label, **rates})
+        with open(path, "a") as file:
+            print(json.dumps({"step": step, "tools": label, **rates}), file=file)
         kinds = "  ".join(f"{kind} {value:.0%}" for kind, value in rates["by_type"].items())
         print(f"held-out success, tools {label}: {rates['success']:.1%} of {rates['n']}   ({kinds})   "
               f"{time.perf_counter() - start:.0f} s", flush=True)
@@ -303,8 +289,7 @@ def write_summary(config: Config, seconds: float) -> dict:
     for key in ("by_family", "by_type"):
         summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
                         for name in picked["after"].get(key, {})}
-    summary |= {"steps": config.steps, "seconds": round(seconds, 1), "seed": config.seed, "model": config.model,
-                "ranks": dist.get_world_size(), "device": str(pick_device()[0].type)}
+    summary |= {"steps": config.steps, "seconds": round(seconds, 1), "seed": config.seed, "ranks": dist.get_world_size()}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -320,7 +305,6 @@ def step_line(row: dict, config: Config, left: float) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- the run
 
-
 def prepare(config: Config) -> tuple[list[dict], list[dict]]:
     """Check everything that can be checked before a model is loaded; returns (training tasks, held-out tasks)."""
     check_model(config.model)
@@ -331,8 +315,7 @@ def prepare(config: Config) -> tuple[list[dict], list[dict]]:
     if config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide among {world} ranks")
     tasks = load_tasks(config.tasks)
-    missing = [task["id"] for task in tasks if config.mode == "step" and not task["solution"]]
-    if missing:
+    if config.mode == "step" and (missing := [task["id"] for task in tasks if not task["solution"]]):
         raise ValueError(f"{config.tasks}: --mode step needs a solution in every row; {missing[0]} has none")
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
     every = max(1, len(held_out) // config.eval_limit) if config.eval_limit else 1  # spread over families and types
@@ -347,14 +330,12 @@ def main(config: Config) -> None:
     options = dict(shard=True, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     policy = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing, **options)
     reference = load_policy(config.model, **options) if config.beta > 0 else None
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
     if lead:
         (out / "rollouts").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        weights = sum(p.numel() for p in policy.model.parameters())
-        print(f"{config.model}: {weights:,} weights on {dist.get_world_size()} x {policy.device.type}; {len(tasks)} tasks, "
-              f"{len(held_out)} held out; {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; "
-              f"results in {out}", flush=True)
+        print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}; {len(tasks)} tasks, {len(held_out)} held out; "
+              f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; results in {out}", flush=True)
     first = resume(policy, optimizer, config) if config.resume else 0
     with CodeTool(workers=config.code_workers, timeout=config.code_timeout) as code_tool:
         tools = Tools(code_tool, SearchTool(backend=config.corpus, topk=config.topk))
@@ -363,24 +344,19 @@ def main(config: Config) -> None:
         training = time.perf_counter()
         for step in range(first, config.steps):
             clock = time.perf_counter()
-
             # 1. sample prompts
             prompts = prompts_of_step(tasks, step, config)
             seed_step(config, step)
-
             # 2. roll out, with live tools and no collectives
             with gathered(policy):
                 rollouts, seconds = roll_out(policy, prompts, tools, config.limits(), group_size=config.group_size,
                                              temperature=config.temperature, prompt=config.prompt)
-
             # 3. score: rewards by part
             parts = [reward_parts(r, config.mode) for r in rollouts]
             rewards = [weighted_sum(p, config.reward_weights()) for p in parts]
-
             # 4. advantages: within the G samples of a prompt, which stand side by side
             advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size), config.loss)  # (P, G)
             advantages = advantages.flatten().tolist()
-
             # 5. update
             mark = time.perf_counter()
             batches, num_real = even_micro_batches(policy, rollouts, advantages, config.micro_batch_tokens)
@@ -391,13 +367,11 @@ def main(config: Config) -> None:
                 group["lr"] = learning_rate(step, config)
             metrics = update(policy, optimizer, batches, num_real, ref_logps, config)
             seconds["update"] = time.perf_counter() - mark
-
             # 6. log
             row = log_step(step + 1, rollouts, parts, rewards, advantages, metrics, seconds, clock, config)
             if lead:
                 left = (time.perf_counter() - training) / (step + 1 - first) * (config.steps - step - 1)
                 print(step_line(row, config, left), flush=True)
-
             # 7. checkpoint
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save_checkpoint(policy, optimizer, step + 1, config)
@@ -411,7 +385,6 @@ def main(config: Config) -> None:
         summary = write_summary(config, time.perf_counter() - begin)
         print(f"done in {summary['seconds']:.0f} s; the model is in {out / 'model'}")
         print(json.dumps(summary))
-    dist.barrier()
     dist.destroy_process_group()
 
 

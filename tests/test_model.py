@@ -410,12 +410,14 @@ def test_tokens_are_sampled_from_the_law_of_the_plain_model(hub, plain, rows, na
         assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
 
 
-def test_samples_are_as_frequent_as_they_are_probable(hub, plain, rows):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_are_as_frequent_as_they_are_probable(hub, plain, rows, temperature):
     # The defaults of the hub would draw one token 1,000 times; top-k and top-p would never draw from the last twentieth.
     torch.manual_seed(0)
     row, count = rows["text"], 1000
-    drawn = [ids[0] for ids, _ in generate(hub, [row] * count, max_new_tokens=1, temperature=1.0, batch_tokens=9999)]
-    chances, order = plain_law(plain, row)[-1].exp().sort(descending=True)
+    drawn = [ids[0] for ids, _ in generate(hub, [row] * count, max_new_tokens=1, temperature=temperature,
+                                          batch_tokens=9999)]
+    chances, order = plain_law(plain, row, temperature)[-1].exp().sort(descending=True)
     group_of = torch.bucketize(chances.cumsum(0), torch.tensor([0.25, 0.5, 0.75, 0.95]))  # the likeliest first
     for group in range(5):
         chance = chances[group_of == group].sum().item()
