@@ -44,12 +44,10 @@ def token_logps(hidden: torch.Tensor, lm_head: torch.Tensor, targets: torch.Tens
     the softmax here too, so that sampler and scorer are one distribution. Returns two (N,) float32 tensors, in nats.
     Works in chunks that are recomputed in the backward pass: at most chunk·V logits exist at a time, never N·V.
     """
-    if len(targets) == 0:
-        return hidden.sum(dim=1).float(), hidden.new_zeros(0, dtype=torch.float32)
     parts = [checkpoint(_chunk_logps, h, lm_head, t, temperature, suppressed, use_reentrant=False)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     logps, entropy = zip(*parts)
-    return torch.cat(logps), torch.cat(entropy).detach()
+    return torch.cat(logps), torch.cat(entropy)
 
 
 def _chunk_logps(hidden, lm_head, targets, temperature, suppressed):
@@ -101,14 +99,14 @@ def policy_loss(logps: torch.Tensor, advantages: torch.Tensor, weights: torch.Te
     loss is, so that they are means over the update.
     """
     old_logps = logps.detach() if old_logps is None else old_logps
+    ref_logps = logps.detach() if ref_logps is None else ref_logps
+    # Padding and observations may hold any number, infinities too: out of the sums before anything is computed from them,
+    # since a gradient through exp(inf) is NaN even where a mask hides its value.
+    logps, old_logps, ref_logps = (torch.where(weights > 0, x, 0.0) for x in (logps, old_logps, ref_logps))
     ratio = (logps - old_logps).exp()  # (B, T)
     advantages = advantages[:, None]  # (B, 1)
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    objective = torch.minimum(plain, clipped)
-    kl = kl_k3(logps, ref_logps) if ref_logps is not None else torch.zeros_like(logps)
-    # Padding and observations may hold any number, infinities too: choose by mask instead of multiplying by 0.
-    per_token = torch.where(weights > 0, weights * (objective - beta * kl), 0.0)
-    sums = {"kl": torch.where(weights > 0, weights * kl, 0.0).sum().detach(),
-            "clipped": torch.where(weights > 0, weights * (clipped < plain), 0.0).sum().detach()}
-    return -per_token.sum(), sums
+    kl = kl_k3(logps, ref_logps)
+    loss = -(weights * (torch.minimum(plain, clipped) - beta * kl)).sum()
+    return loss, {"kl": (weights * kl).sum().detach(), "clipped": (weights * (clipped < plain)).sum().detach()}

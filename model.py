@@ -137,8 +137,8 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.chat_template is None:
         raise ValueError(f"--model {name}: the tokenizer has no chat template (tokenizer_config.json or chat_template.jinja)")
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(
-        name, size={"shortest_edge": min_pixels, "longest_edge": max_pixels})
+    # Not by `size=`: the hub's preprocessor_config.json has min_pixels and max_pixels, which would win over it in silence.
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(name, min_pixels=min_pixels, max_pixels=max_pixels)
     if shard:
         model, hub_generation_config = _load_sharded(name, config, device)
     else:
@@ -312,10 +312,9 @@ def generate(policy: Policy, sequences: list[Sequence], *, max_new_tokens: int, 
     for rows in split_by_tokens(sequences, batch_tokens, extra=max_new_tokens):
         inputs = model_inputs(policy, rows, "left")
         recorder = LogpRecorder(temperature or 1.0)
-        config = GenerationConfig(
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-            max_new_tokens=max_new_tokens, eos_token_id=policy.end_id, pad_token_id=policy.tokenizer.pad_token_id,
-            suppress_tokens=policy.suppressed.tolist())
+        law = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        config = GenerationConfig(**law, repetition_penalty=1.0, max_new_tokens=max_new_tokens, eos_token_id=policy.end_id,
+                                  pad_token_id=policy.tokenizer.pad_token_id, suppress_tokens=policy.suppressed.tolist())
         # synced_gpus would make ranks wait for the longest: parameters are gathered, so nobody has to.
         output = policy.model.generate(**inputs, generation_config=config, logits_processor=[recorder],
                                        synced_gpus=False)  # (B, T + new)

@@ -244,12 +244,11 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
 
 
 def resume(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> int:
-    """Load the newest whole checkpoint; returns the step to go on with. Metrics of later steps are cut: they will be replayed."""
+    """Load the newest whole checkpoint; returns the step to go on with. Later metrics are cut: they will be replayed."""
     out = Path(config.output_dir)
     step, folder = (checkpoints(out) or [(0, None)])[-1]
     if folder:
-        weights, moments = get_state_dict(policy.model, optimizer)
-        state = {"model": weights, "optimizer": moments}
+        state = dict(zip(("model", "optimizer"), get_state_dict(policy.model, optimizer)))
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(policy.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     if dist.get_rank() == 0:
@@ -305,8 +304,8 @@ def step_line(row: dict, config: Config, left: float) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- the run
 
-def prepare(config: Config) -> tuple[list[dict], list[dict]]:
-    """Check everything that can be checked before a model is loaded; returns (training tasks, held-out tasks)."""
+def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
+    """Check what can be checked before a model is loaded; returns (training tasks, held-out tasks, search tool)."""
     check_model(config.model)
     out = Path(config.output_dir)
     if (out / "metrics.jsonl").exists() and not config.resume:
@@ -319,26 +318,27 @@ def prepare(config: Config) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"{config.tasks}: --mode step needs a solution in every row; {missing[0]} has none")
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
     every = max(1, len(held_out) // config.eval_limit) if config.eval_limit else 1  # spread over families and types
-    return tasks, held_out[::every][:config.eval_limit or None]
+    return tasks, held_out[::every][:config.eval_limit or None], SearchTool(backend=config.corpus, topk=config.topk)
 
 
 def main(config: Config) -> None:
+    """The whole run, from the checks of its input to the exported model."""
     begin = time.perf_counter()
-    tasks, held_out = prepare(config)
+    tasks, held_out, search = prepare(config)
     start_ranks()
     out, lead = Path(config.output_dir), dist.get_rank() == 0
-    options = dict(shard=True, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    options = {"shard": True, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     policy = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing, **options)
     reference = load_policy(config.model, **options) if config.beta > 0 else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
     if lead:
         (out / "rollouts").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}; {len(tasks)} tasks, {len(held_out)} held out; "
-              f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; results in {out}", flush=True)
+        print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
+              f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; results in {out}", flush=True)
     first = resume(policy, optimizer, config) if config.resume else 0
     with CodeTool(workers=config.code_workers, timeout=config.code_timeout) as code_tool:
-        tools = Tools(code_tool, SearchTool(backend=config.corpus, topk=config.topk))
+        tools = Tools(code_tool, search)
         if first == 0:
             evaluate_policy(policy, held_out, tools, 0, config)
         training = time.perf_counter()

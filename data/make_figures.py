@@ -2,9 +2,10 @@
 
     python data/make_figures.py runs/seed0 runs/seed1 runs/seed2 --out data/figures
 
-writes learning_curve.png (success of the sampled rollouts at every step, a line a seed, and held-out success before, after and
-with the tools switched off) and rollouts.png (a rollout of the first step that failed and one of the last step that did not,
-turn by turn, with the images before and after the tool). Everything drawn is read from metrics.jsonl, evaluations.jsonl and rollouts/.
+writes learning_curve.png (success of the sampled rollouts at every step, a line a seed, and held-out success before, after
+and with the tools switched off) and rollouts.png (a rollout of the first step that failed and one of the last step that did
+not, turn by turn, with the images before and after the tool). All of it is read from the runs' metrics.jsonl,
+evaluations.jsonl and rollouts/.
 """
 import argparse
 import json

@@ -4,10 +4,11 @@
 
 The model is Qwen2.5-VL in every part (same class, same M-RoPE, same window attention, same special tokens and chat
 template), with about a million weights and its own small BPE. It is warm-started by plain cross-entropy on the tokens of the
-assistant in three phases, because reinforcement can only amplify what a policy already does now and then:
+assistant in two phases, because reinforcement can only amplify what a policy already does now and then:
 
 1. captions of clean signs and flags mixed with right demonstrations, until the right chains are learnt. Perception has to be
-   there from the start; how a demonstration depends on its question appears suddenly and late, so watch `right`, not the loss;
+   there from the start; how a demonstration depends on its question appears suddenly and late: watch the share of tasks
+   solved, not the loss;
 2. a short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), who mistakes labels, countries
    and parameters. What is left is an imperfect agent: it can do everything, and does it right less than half of the time.
 
@@ -32,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import make_tasks
-from model import encode_image, encode_prompt, load_policy, score
+from model import encode_image, encode_prompt, export, load_policy, score
 from reward import exact_match
 from rollout import (IMAGE_READY, PROMPTS, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate, micro_batches, replay,
                      roll_out)
@@ -65,11 +66,11 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     texts += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"] * 50
     for _ in range(500):
         task = make_tasks.coding_task(rng, rng.choice(make_tasks.KINDS))
-        texts += [task["question"], *make_tasks.noisy_chain(task, rng)]
+        texts += [task["question"], *make_tasks.right_chain(task)]
         task = make_tasks.search_task(rng, known, *rng.choice(list(known)))
         results = " ".join(f"{i}. Content: {row['contents']}"
                            for i, row in enumerate(rng.sample(make_tasks.make_corpus(rng.random()), 3), 1))
-        texts += [task["question"], *make_tasks.noisy_chain(task, rng), f"<information> {results} </information>"]
+        texts += [task["question"], *make_tasks.right_chain(task), f"<information> {results} </information>"]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
@@ -173,7 +174,7 @@ def cross_entropy_step(policy, optimizer, rows, caption_weight):
 
 
 @torch.no_grad()
-def print_hard_tokens(policy, rollouts):
+def print_unsure_tokens(policy, rollouts):
     """Tokens of demonstrations that the model is unsure of, with their probability in percent: the decisions not yet learnt."""
     for r in rollouts:
         batch = collate(policy, [r], [0.0])
@@ -182,74 +183,77 @@ def print_hard_tokens(policy, rollouts):
                              for i, p, m in zip(r.ids, logps, r.action_mask) if m and p < -0.2), flush=True)
 
 
-def success(policy, code_tool, num, temperature):
+def success(policy, code_tool, num):
     """Share of fresh tasks solved, {kind: share}, with the shipped corpus in the search tool."""
     rng, known = random.Random(99), make_tasks.facts(0)
     search = SearchTool(backend=f"sqlite:{Path(__file__).parent}/offline/corpus.jsonl", topk=3)
     tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], split="train") for i in range(num)]
     tasks += [make_tasks.search_task(rng, known, *rng.choice(make_tasks.search_pairs("train"))) for _ in range(num // 2)]
-    rollouts, _ = roll_out(policy, tasks, Tools(code_tool, search), LIMITS, temperature=temperature)
+    rollouts, _ = roll_out(policy, tasks, Tools(code_tool, search), LIMITS)
     by_kind = {}
     for r in rollouts:
         by_kind.setdefault(r.task.get("type", ["search"])[0], []).append(exact_match(r.answer, r.task["answers"]))
     return {kind: round(sum(hits) / len(hits), 2) for kind, hits in sorted(by_kind.items())}
 
 
-def train(policy, code_tool, args):
-    rng = random.Random(args.seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.95))
+def train(policy, code_tool, pool, rng, args, *, steps, lr, name):
+    """Adam over `steps` batches of the pool's demonstrations and of fresh captions, with warm-up and linear decay."""
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
+    policy.model.train()
     start = time.perf_counter()
-    right = demonstrations(policy, rng, code_tool, args.demonstrations, make_tasks.right_chain)
-    print(f"{len(right)} right demonstrations, {time.perf_counter() - start:.0f} s", flush=True)
-    noisy = []
-    for step in range(args.right_steps + args.noisy_steps):
-        if step == args.right_steps:
-            policy.model.save_pretrained(f"{args.out}-right")
-            noisy = demonstrations(policy, rng, code_tool, args.noisy_steps * args.batch,
-                                   lambda task: make_tasks.noisy_chain(task, rng, args.noise))
-            optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.noisy_lr, weight_decay=0.01)
-        pool, at = (right, step) if not noisy else (noisy, step - args.right_steps)
-        rows = [pool[(at * args.batch + i) % len(pool)] for i in range(args.batch)]
+    for step in range(steps):
+        rows = [pool[(step * args.batch + i) % len(pool)] for i in range(args.batch)]
         rows += [caption(policy, rng) for _ in range(args.captions)]
-        if not noisy:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / args.right_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
         losses = cross_entropy_step(policy, optimizer, rows, args.caption_weight)
         if step % 20 == 0:
-            print(f"step {step}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            print(f"{name} {step}/{steps}  " + "  ".join(f"{key} {loss:.4f}" for key, loss in losses.items())
                   + f"  {time.perf_counter() - start:.0f} s", flush=True)
-        if step % args.check == args.check - 1:
-            print("  right", success(policy, code_tool, 48, 1.0), flush=True)
-            print_hard_tokens(policy, rows[:4])
+        if (step + 1) % args.check == 0 or step + 1 == steps:
+            policy.model.eval()
+            print("  solved:", success(policy, code_tool, 48), flush=True)
+            print_unsure_tokens(policy, rows[:2])
+            policy.model.train()
+    policy.model.eval()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="data/model")
-    parser.add_argument("--right_steps", type=int, default=900)
-    parser.add_argument("--noisy_steps", type=int, default=100)
-    parser.add_argument("--demonstrations", type=int, default=4000)
+    parser.add_argument("--right", help="folder of a model after phase 1: do phase 2 only")
+    parser.add_argument("--keep_right", help="folder to keep the model after phase 1 in")
+    parser.add_argument("--demonstrations", type=int, default=4000, help="right ones")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--captions", type=int, default=24, help="captions a step")
     parser.add_argument("--caption_weight", type=float, default=3.0, help="of a caption's token in the loss")
-    parser.add_argument("--noise", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--noise", type=float, default=1.0, help="scale of the weak annotator's rates of mistakes")
+    parser.add_argument("--right_steps", type=int, default=1150)
+    parser.add_argument("--noisy_steps", type=int, default=100)
+    parser.add_argument("--right_lr", type=float, default=1.5e-3)
     parser.add_argument("--noisy_lr", type=float, default=3e-4)
-    parser.add_argument("--check", type=int, default=100)
+    parser.add_argument("--check", type=int, default=300, help="steps between checks of the share of tasks solved")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer(vocab_size=1024)
-    model = make_model(tokenizer, args.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
-    for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
-        part.save_pretrained(args.out)
-    policy = load_policy(args.out)
-    policy.model.train()
+    torch.set_num_threads(1)  # sums in another order would give other weights
     with CodeTool(workers=2, timeout=5.0) as code_tool:
-        train(policy, code_tool, args)
-    policy.model.generation_config = policy.hub_generation_config
-    policy.model.save_pretrained(args.out)
+        if args.right:
+            policy = load_policy(args.right)
+        else:
+            tokenizer = make_tokenizer(vocab_size=1024)
+            for part in (make_model(tokenizer, args.seed), tokenizer, Qwen2VLImageProcessorPil()):
+                part.save_pretrained(args.out)
+            policy, rng = load_policy(args.out), random.Random(f"right-{args.seed}")
+            pool = demonstrations(policy, rng, code_tool, args.demonstrations, make_tasks.right_chain)
+            train(policy, code_tool, pool, rng, args, steps=args.right_steps, lr=args.right_lr, name="right")
+            if args.keep_right:
+                export(policy, args.keep_right)
+        rng = random.Random(f"noisy-{args.seed}")
+        torch.manual_seed(args.seed)
+        pool = demonstrations(policy, rng, code_tool, args.noisy_steps * args.batch,
+                              lambda task: make_tasks.noisy_chain(task, rng, args.noise))
+        train(policy, code_tool, pool, rng, args, steps=args.noisy_steps, lr=args.noisy_lr, name="noisy")
+        export(policy, args.out)
 
 
 if __name__ == "__main__":

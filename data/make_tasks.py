@@ -57,7 +57,7 @@ ANIMALS = ("heron", "lion", "wolf", "bear", "fox", "deer", "hare", "owl", "eagle
 
 MISTAKES = {  # probability of each mistake of the weak annotator at noise = 1
     "label": 0.25,      # coding: names a wrong problem, and repairs that one
-    "code": 0.25,       # coding, the problem named rightly: a wrong angle, factor or quarter
+    "code": 0.25,       # coding, the problem named rightly: a wrong angle, factor or scale
     "crash": 0.05,      # coding: a quote is left open, so the code does not run
     "country": 0.25,    # search: takes the flag for another country's
     "attribute": 0.15,  # search: the query leaves the attribute out, or has another one
@@ -186,8 +186,7 @@ def search_task(rng, facts, country, attribute, split="train", task_id=""):
 
 def programs(kind, box):
     """The programs that undo a kind of degradation: the right one, then wrong ones. box: the quarter, for crop only."""
-    boxes = [box] + [other for other in QUARTERS if other != box]
-    crops = [f"box = {each}\nimage = image.crop([v * image.width // 1000 for v in box])" for each in boxes]  # square
+    crops = [f"box = {box}\nimage = image.crop([v * image.width // {thousand} for v in box])" for thousand in (1000, 500)]
     return [f"from PIL import Image\nimage = Image.open('path_to_input_image.jpg')\n{repair}\n"
             "image.save('path_to_output_image.jpg')" for repair in (crops if kind == "crop" else REPAIRS[kind])]
 

@@ -431,7 +431,7 @@ def taught(model_folder, tools):
         if loss.item() < 0.05:
             break
     torch.manual_seed(0)
-    return policy, roll_out(policy, tasks, tools, LIMITS, group_size=6, temperature=0.8)[0]
+    return policy, roll_out(policy, tasks, tools, LIMITS, group_size=12, temperature=0.8)[0]
 
 
 def test_sampler_and_scorer_are_one_law(taught):
@@ -439,7 +439,7 @@ def test_sampler_and_scorer_are_one_law(taught):
     assert max(len(r.images) for r in rollouts) == 2 and sum(len(r.turns) == 3 for r in rollouts) >= 4
     assert len({len(r.ids) for r in rollouts}) >= 3  # ragged
     assert min(min(r.logps) for r in rollouts) < -1  # not all of it is learnt by heart
-    batch = collate(policy, rollouts, [0.0] * 12)
+    batch = collate(policy, rollouts, [0.0] * 24)
     with torch.no_grad():
         logps, _ = score(policy, batch.inputs, batch.action_mask, 0.8)
     # Sampling adds up with a cache and padding on the left, scoring in one pass: the sixth digit differs.
