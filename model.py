@@ -190,6 +190,8 @@ def export(policy: Policy, folder: str | Path) -> None:
     weights = get_model_state_dict(policy.model, options=options)  # a collective; empty but on rank 0
     if dist.is_initialized() and dist.get_rank() != 0:
         return
+    if policy.model.config.tie_word_embeddings:  # gathered from shards it has a storage of its own, and would be written twice
+        weights.pop("lm_head.weight")
     with torch.device("meta"):  # save_pretrained of an FSDP module would write the name of FSDP's class into config.json
         shell = Qwen2_5_VLForConditionalGeneration._from_config(policy.model.config)
     shell.generation_config = policy.hub_generation_config

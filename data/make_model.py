@@ -228,7 +228,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--captions", type=int, default=24, help="captions a step")
     parser.add_argument("--caption_weight", type=float, default=3.0, help="of a caption's token in the loss")
-    parser.add_argument("--noise", type=float, default=1.0, help="scale of the weak annotator's rates of mistakes")
+    parser.add_argument("--noise", type=float, default=1.3, help="scale of the weak annotator's rates of mistakes")
     parser.add_argument("--right_steps", type=int, default=1150)
     parser.add_argument("--noisy_steps", type=int, default=100)
     parser.add_argument("--right_lr", type=float, default=1.5e-3)
