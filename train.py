@@ -13,6 +13,7 @@ Legend: P prompts a step, G samples a prompt, B = P·G rollouts, T tokens.
 """
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -75,7 +76,7 @@ class Config:
     code_timeout: float = flag(5.0, "seconds a code call may take")
     seed: int = flag(0, "of prompts and sampling")
     eval_every: int = flag(0, "updates between evaluations; 0: only before and after")
-    eval_limit: int = flag(0, "held-out tasks used; 0: all")
+    eval_limit: int = flag(0, "held-out tasks used, drawn once; 0: all")
     eval_temperature: float = flag(1.0, "of evaluation; 1: the law that is trained, 0: greedy")
     save_every: int = flag(20, "updates between checkpoints")
     rollouts_every: int = flag(10, "updates between written rollouts; the first and the last are always written")
@@ -307,9 +308,8 @@ def step_line(row: dict, config: Config, left: float) -> str:
 def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     """Check what can be checked before a model is loaded; returns (training tasks, held-out tasks, search tool)."""
     check_model(config.model)
-    out = Path(config.output_dir)
-    if (out / "metrics.jsonl").exists() and not config.resume:
-        raise ValueError(f"--output_dir {out} holds a run; add --resume to go on with it, or choose another folder")
+    if Path(config.output_dir, "metrics.jsonl").exists() and not config.resume:
+        raise ValueError(f"--output_dir {config.output_dir} holds a run; add --resume to go on with it, or choose another folder")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide among {world} ranks")
@@ -317,14 +317,14 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     if config.mode == "step" and (missing := [task["id"] for task in tasks if not task["solution"]]):
         raise ValueError(f"{config.tasks}: --mode step needs a solution in every row; {missing[0]} has none")
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
-    every = max(1, len(held_out) // config.eval_limit) if config.eval_limit else 1  # spread over families and types
-    return tasks, held_out[::every][:config.eval_limit or None], SearchTool(backend=config.corpus, topk=config.topk)
+    if 0 < config.eval_limit < len(held_out):
+        held_out = random.Random(0).sample(held_out, config.eval_limit)  # in file order the first ones are of one family
+    return tasks, held_out, SearchTool(backend=config.corpus, topk=config.topk)
 
 
-def main(config: Config) -> None:
-    """The whole run, from the checks of its input to the exported model."""
+def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool) -> None:
+    """The whole run, from the model to its export, on what `prepare` returned."""
     begin = time.perf_counter()
-    tasks, held_out, search = prepare(config)
     start_ranks()
     out, lead = Path(config.output_dir), dist.get_rank() == 0
     options = {"shard": True, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
@@ -383,18 +383,18 @@ def main(config: Config) -> None:
     export(policy, out / "model")
     if lead:
         summary = write_summary(config, time.perf_counter() - begin)
-        print(f"done in {summary['seconds']:.0f} s; the model is in {out / 'model'}")
-        print(json.dumps(summary))
+        print(f"done in {summary['seconds']:.0f} s; the model is in {out / 'model'}\n{json.dumps(summary)}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         [arguments] = HfArgumentParser(Config, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        main(arguments)
-    except ValueError as error:
+        prepared = prepare(arguments)
+    except (OSError, ValueError) as error:  # what a user can mend; whatever is raised later keeps its traceback
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    main(arguments, *prepared)

@@ -1,16 +1,18 @@
 """evaluate.py: every published layout loads, every bad row is named, predictions score as published, the CLI fails well."""
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-import rollout
 from evaluate import evaluate_tasks, load_tasks, rescore, score
+from model import load_policy
+from rollout import Limits, Tools
+from tools import CodeTool, SearchTool
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -268,28 +270,31 @@ def test_a_bad_prediction_is_named(tmp_path, bad, reason):
 
 # ---------------------------------------------------------------- rollouts
 
-def test_evaluate_tasks_plays_all_tasks_in_order_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
-    def roll_out(policy, tasks, tools, limits, *, temperature, prompt):
-        assert (policy, tools, limits, temperature, prompt) == ("policy", "tools", "limits", 0.0, "full")
-        chunks.append([task["id"] for task in tasks])
-        turns = [SimpleNamespace(result=SimpleNamespace(ok=False)), SimpleNamespace(result=None)]
-        return [SimpleNamespace(task=task, answer=task["guess"], turns=turns, stop="answer") for task in tasks], {}
+def test_evaluate_tasks_plays_all_tasks_in_order_with_live_tools(tmp_path, capsys):
+    """The shipped model, greedily: the same answers for any batch size, and a file that rescores to the same figures."""
+    policy = load_policy(str(ROOT / "data" / "model"))
+    tasks = load_tasks(ROOT / "data" / "offline" / "heldout.json")[::24]  # 6 of coding, 4 of search
+    with CodeTool(workers=1) as code:
+        tools = Tools(code, SearchTool(f"sqlite:{ROOT}/data/offline/corpus.jsonl"))
+        scores, answers = [], []
+        for batch_size in (3, 10):
+            out = tmp_path / str(batch_size)
+            scores.append(evaluate_tasks(policy, tasks, tools, Limits(4, 96, 512), batch_size=batch_size, output_dir=out))
+            answers.append(json.loads((out / "predictions.json").read_text()))
+    assert answers[0] == answers[1] and scores[0] == scores[1]
+    assert [(row["id"], row["gt"]) for row in answers[0]] == [(task["id"], task["answers"]) for task in tasks]
+    assert 0 < scores[0]["all"]["em"] < 100 and scores[0]["all"]["n"] == 10  # imperfect, as it is meant to be
+    assert rescore(tmp_path / "10" / "predictions.json", "mat-search")["all"] == scores[0]["all"]
+    assert int(re.search(r"tool calls: (\d+)", capsys.readouterr().err)[1]) >= 5
 
-    chunks = []
-    monkeypatch.setattr(rollout, "roll_out", roll_out)
-    tasks = [{"id": i, "answers": ["dog"], "split": split, "guess": guess}
-             for i, (split, guess) in enumerate([("simple", "dog"), ("hard", None), ("hard", "red dog")])]
-    scores = evaluate_tasks("policy", tasks, "tools", "limits", batch_size=2, prompt="full", output_dir=tmp_path / "new")
-    assert chunks == [[0, 1], [2]]
-    assert scores == {"all": {"f1": 55.56, "em": 33.33, "n": 3}, "simple": {"f1": 100.0, "em": 100.0, "n": 1},
-                      "hard": {"f1": 33.33, "em": 0.0, "n": 2}}
-    assert json.loads((tmp_path / "new" / "scores.json").read_text()) == scores
-    assert json.loads((tmp_path / "new" / "predictions.json").read_text()) == [
-        {"id": 0, "gt": ["dog"], "pred_answer": "dog", "split": "simple"},
-        {"id": 1, "gt": ["dog"], "pred_answer": None, "split": "hard"},
-        {"id": 2, "gt": ["dog"], "pred_answer": "red dog", "split": "hard"}]
-    assert rescore(tmp_path / "new" / "predictions.json", "mat-search") == scores
-    assert "episodes ended by {'answer': 3}; tool calls: 3, of them failed: 3" in capsys.readouterr().err
+
+@pytest.mark.parametrize("benchmark, name, num_tasks", [("mat-coding", "MAT-Coding.json", 4), ("mat-search", "MAT-Search.json", 1)])
+def test_published_items_run_at_full_resolution(golden, tmp_path, benchmark, name, num_tasks):
+    done = run("--model", ROOT / "data" / "model", "--tasks", golden / "mat_sample" / name, "--benchmark", benchmark,
+               "--max_new_tokens", 96, "--max_tokens", 4096, "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["all"]["n"] == num_tasks  # the figures themselves may be 0
+    assert len(json.loads((tmp_path / "predictions.json").read_text())) == num_tasks
 
 
 # ---------------------------------------------------------------- command line
