@@ -60,6 +60,8 @@ def load_tasks(path: str | Path, benchmark: str | None = None, image_folder: str
 
 def _read_rows(path):
     """The rows of a JSON list, or of a .jsonl file with one object a line."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; give the path of a .json or .jsonl file")
     data, is_jsonl = Path(path).read_bytes(), Path(path).suffix == ".jsonl"
     parts = data.split(b"\n") if is_jsonl else [data]
     values = [_parse(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]

@@ -53,7 +53,7 @@ class Config:
     output_dir: str = flag("runs/default", "where metrics, rollouts, checkpoints and the exported model go")
     mode: str = flag("episode", "episode: live multi-turn; step: one action a row, the released way")
     prompt: str = flag("short", "instructions after the question: short (none: the laptop model) or full (the hub's models)")
-    steps: int = flag(50, "updates")
+    steps: int = flag(60, "updates")
     prompts_per_step: int = flag(8, "P, over all ranks together")
     group_size: int = flag(8, "G, samples a prompt, at least 2")
     max_turns: int = flag(4, "actions a rollout may take")
@@ -64,7 +64,7 @@ class Config:
     batch_tokens: int = flag(16384, "rows x length of one generate call of a rank")
     micro_batch_tokens: int = flag(8192, "rows x length of one forward and backward pass of a rank; not part of the objective")
     lr: float = flag(1.5e-4, "learning rate of AdamW at the start; the released code for 3B and 7B: 1e-6")
-    lr_decay: float = flag(0.5, "share of lr lost by the last update, on a line, 0 to 1; the released code: 1")
+    lr_decay: float = flag(0.8, "share of lr lost by the last update, on a line, 0 to 1; the released code: 1")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     beta: float = flag(0.04, "weight of the KL to the starting model; 0 loads no reference")
     loss: str = flag("grpo", f"one of {', '.join(LOSSES)}")
@@ -309,7 +309,7 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     """Check what can be checked before a model is loaded; returns (training tasks, held-out tasks, search tool)."""
     check_model(config.model)
     if Path(config.output_dir, "metrics.jsonl").exists() and not config.resume:
-        raise ValueError(f"--output_dir {config.output_dir} holds a run; add --resume to go on with it, or choose another folder")
+        raise ValueError(f"--output_dir {config.output_dir} holds a run; add --resume to go on, or choose another folder")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide among {world} ranks")
@@ -335,7 +335,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
         (out / "rollouts").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
-              f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; results in {out}", flush=True)
+              f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; see {out}", flush=True)
     first = resume(policy, optimizer, config) if config.resume else 0
     with CodeTool(workers=config.code_workers, timeout=config.code_timeout) as code_tool:
         tools = Tools(code_tool, search)

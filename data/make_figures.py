@@ -127,7 +127,7 @@ def rollout_pairs(run: Path) -> Image.Image:
     columns = []
     for family in ("coding", "search"):
         def fits(row: dict, right: bool) -> bool:
-            tools = [turn for turn in row["turns"] if "ok" in turn]
+            tools = [turn for turn in row["turns"] if turn.get("ok")]
             return family in row["id"] and (row["answer"] in row["answers"]) == right and row["answer"] is not None and tools
         before = next(row for row in first if fits(row, False))
         after = next((row for row in last if fits(row, True) and len(row["turns"]) == len(before["turns"])),

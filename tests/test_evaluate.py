@@ -288,7 +288,8 @@ def test_evaluate_tasks_plays_all_tasks_in_order_with_live_tools(tmp_path, capsy
     assert int(re.search(r"tool calls: (\d+)", capsys.readouterr().err)[1]) >= 5
 
 
-@pytest.mark.parametrize("benchmark, name, num_tasks", [("mat-coding", "MAT-Coding.json", 4), ("mat-search", "MAT-Search.json", 1)])
+@pytest.mark.parametrize("benchmark, name, num_tasks", [("mat-coding", "MAT-Coding.json", 4),
+                                                        ("mat-search", "MAT-Search.json", 1)])
 def test_published_items_run_at_full_resolution(golden, tmp_path, benchmark, name, num_tasks):
     done = run("--model", ROOT / "data" / "model", "--tasks", golden / "mat_sample" / name, "--benchmark", benchmark,
                "--max_new_tokens", 96, "--max_tokens", 4096, "--output_dir", tmp_path)
@@ -325,9 +326,10 @@ def test_rescoring_does_not_load_torch(tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     ([], "give --model, --tasks and a --batch_size of at least 1; or --rescore FILE --benchmark NAME"),
-    (["--model", "m", "--tasks", "absent.json"], "[Errno 2] No such file or directory: 'absent.json'"),
+    (["--model", "m", "--tasks", "absent.json"], "absent.json: no such file; give the path of a .json or .jsonl file"),
     (["--rescore", "p.json"], "--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME"),
-    (["--rescore", "absent.json", "--benchmark", "2wiki"], "[Errno 2] No such file or directory: 'absent.json'"),
+    (["--rescore", "absent.json", "--benchmark", "2wiki"],
+     "absent.json: no such file; give the path of a .json or .jsonl file"),
     (["--nonsense", "1"], "Some specified arguments are not used by the HfArgumentParser: ['--nonsense', '1']"),
 ])
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(args, message):
