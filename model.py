@@ -8,7 +8,7 @@ expanded here. Four rules, each of them a bug that was seen elsewhere:
   without `mm_token_type_ids` the model falls back to 1-D positions and says nothing.
 - The law that is sampled is the law that is scored: every sampling field is set, the hub's generation_config.json is put
   aside, and special tokens that a turn cannot hold are taken out of both softmaxes.
-- Text of a task or a tool is tokenised with special tokens disabled: `<|im_end|>` in a search result is nine characters.
+- Text of a task or a tool is tokenised with special tokens disabled: `<|im_end|>` in a search result is ten characters.
 - Rollouts run without collectives, on parameters gathered once: ranks may take different numbers of turns.
 
 Left out on purpose: other model families, video, LoRA, quantisation, inference engines.
@@ -146,7 +146,7 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device)
         hub_generation_config = model.generation_config
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.generation_config = GenerationConfig()  # the hub's defaults (temperature 1e-6, penalty 1.05) must not leak
     model.action_logps = types.MethodType(_action_logps, model)
     if shard:

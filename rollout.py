@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt, generate, model_inputs,
+from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, generate, model_inputs,
                    split_by_tokens)
 from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, parse_action
 
@@ -240,7 +240,7 @@ def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:
     def sample(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
         chains = [chain_of(r.task) for r in live]
         texts = [chain[len(r.turns)] for r, chain in zip(live, chains)]
-        actions = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.end_id] for text in texts]
+        actions = [encode_text(policy, text) + [policy.end_id] for text in texts]
         return [(ids, [0.0] * len(ids)) for ids in actions]
     return sample
 
