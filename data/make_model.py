@@ -10,7 +10,8 @@ assistant in two phases, because reinforcement can only amplify what a policy al
    there from the start; how a demonstration depends on its question appears suddenly and late: watch the share of tasks
    solved, not the loss;
 2. a short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), who mistakes labels, countries
-   and parameters. What is left is an imperfect agent: it can do everything, and does it right less than half of the time.
+   and parameters and has hasty habits. What is left is an imperfect agent: it can do everything, and does it right less than
+   half of the time.
 
 Demonstrations are played through the real tools by `rollout.replay`, so the model sees the very tokens and images of a rollout.
 Their facts come from other corpora than the one shipped: what is to be learnt is to copy from a result, not the facts.
@@ -228,9 +229,9 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--captions", type=int, default=24, help="captions a step")
     parser.add_argument("--caption_weight", type=float, default=3.0, help="of a caption's token in the loss")
-    parser.add_argument("--noise", type=float, default=1.3, help="scale of the weak annotator's rates of mistakes")
+    parser.add_argument("--noise", type=float, default=1.0, help="scale of the weak annotator's rates of mistakes")
     parser.add_argument("--right_steps", type=int, default=1150)
-    parser.add_argument("--noisy_steps", type=int, default=100)
+    parser.add_argument("--noisy_steps", type=int, default=140)
     parser.add_argument("--right_lr", type=float, default=1.5e-3)
     parser.add_argument("--noisy_lr", type=float, default=3e-4)
     parser.add_argument("--check", type=int, default=300, help="steps between checks of the share of tasks solved")

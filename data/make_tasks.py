@@ -63,7 +63,12 @@ MISTAKES = {  # probability of each mistake of the weak annotator at noise = 1
     "attribute": 0.15,  # search: the query leaves the attribute out, or has another one
     "skip": 0.20,       # search: answers without a search
     "format": 0.08,     # both: one turn has no <think> block; the only mistake that leaves the answer right
+    "haste": 0.60,      # both: answers at once where it feels sure, see below
 }
+# Habits, so that the policy's likeliest action is wrong as often as right: signs that look readable enough are called clear,
+# and questions about countries that feel familiar are answered without a search.
+LOOKS_READABLE = ("rotation90", "dark", "overexposure")
+FEELS_FAMILIAR = ("France", "Italy", "Belgium", "Germany", "Netherlands", "Austria")
 COUNTS = {"train": {"coding": 192, "search": 192}, "heldout": {"coding": 144, "search": 96}}
 
 
@@ -212,7 +217,9 @@ def coding_chain(task, rng, slips):
     """The turns problem, code (if there is a problem) and answer. slips(mistake) -> bool: is it made this time?"""
     kind, box = task["type"][0], task["box"]
     label, spoiled = kind, slips("label")
-    if spoiled:
+    if kind in LOOKS_READABLE and slips("haste"):
+        label, spoiled = "none", True
+    elif spoiled:
         label = rng.choice([other for other in KINDS if other != kind])
         box = rng.choice(QUARTERS)  # used if the wrong label is crop
     turns = [f"<think> {LOOKS[label]} </think>\n<problem> {{'{label}'}} </problem>"]
@@ -231,7 +238,8 @@ def coding_chain(task, rng, slips):
 def search_chain(task, rng, slips):
     """The turns search (unless skipped) and answer. slips(mistake) -> bool: is it made this time?"""
     country, attribute = task["country"], task["attribute"]
-    wrong_country, wrong_attribute, skip = slips("country"), slips("attribute"), slips("skip")
+    wrong_country, wrong_attribute = slips("country"), slips("attribute")
+    skip = slips("haste" if country in FEELS_FAMILIAR else "skip")
     if wrong_country:
         country = rng.choice([other for other in FLAGS if other != country])
     query = f"{attribute} of {country}"

@@ -301,7 +301,8 @@ def thoughtless(drawn):
 def test_rates_of_mistakes_on_signs(kind):
     task, drawn = sign(kind), chains(sign(kind))
     labelled = [turns for turns in drawn if f"{{'{kind}'}}" in turns[0]]
-    assert_rate(NUM_DRAWS - len(labelled), NUM_DRAWS, 0.25)
+    hasty = kind in ("rotation90", "dark", "overexposure")  # waved through as clear six times in ten
+    assert_rate(NUM_DRAWS - len(labelled), NUM_DRAWS, 1 - 0.75 * 0.4 if hasty else 0.25)
     right_code = make_tasks.programs(kind, task["box"])[0]
     first_line = "image = Image.open('path_to_input_image.jpg')"
     bad_code = sum(right_code.split(first_line)[1] not in turns[1] for turns in labelled)
@@ -312,8 +313,8 @@ def test_rates_of_mistakes_on_signs(kind):
 
 
 def test_wrong_labels_are_uniform_and_bring_their_look_and_their_code():
-    task, drawn = sign("dark"), chains(sign("dark"))
-    for label in ("none", "rotation90", "rotation180", "overexposure", "crop"):
+    task, drawn = sign("rotation180"), chains(sign("rotation180"))
+    for label in ("none", "rotation90", "dark", "overexposure", "crop"):
         named = [turns for turns in drawn if f"{{'{label}'}}" in turns[0]]
         assert_rate(len(named), NUM_DRAWS, 0.05)
         assert all(make_tasks.LOOKS[label] in turns[0] for turns in named if "<think>" in turns[0])
@@ -338,16 +339,17 @@ def test_spoilt_evidence_makes_the_answer_a_guess_on_signs(kind):
     assert_rate(hits, guesses, 1 / 12)
 
 
-def test_rates_of_mistakes_on_flags():
-    drawn = chains(flag())
-    assert_rate(sum(len(turns) == 1 for turns in drawn), NUM_DRAWS, 0.20)
+@pytest.mark.parametrize("country, skipped", [("Ireland", 0.2), ("France", 0.6)])  # France feels familiar
+def test_rates_of_mistakes_on_flags(country, skipped):
+    drawn = chains(flag(country=country))
+    assert_rate(sum(len(turns) == 1 for turns in drawn), NUM_DRAWS, skipped)
     searched = [turns for turns in drawn if len(turns) == 2]
-    assert_rate(sum("France" not in turns[0] for turns in searched), len(searched), 0.25)
+    assert_rate(sum(country not in turns[0] for turns in searched), len(searched), 0.25)
     assert_rate(sum("<search> stamp of" not in turns[0] for turns in searched), len(searched), 0.15)
-    assert_rate(sum("<search> France <" in turns[0] for turns in searched), len(searched), 0.75 * 0.15 / 2)
+    assert_rate(sum(f"<search> {country} <" in turns[0] for turns in searched), len(searched), 0.75 * 0.15 / 2)
     assert_rate(thoughtless(drawn), NUM_DRAWS, 0.08)
-    spoilt = [turns for turns in drawn if len(turns) == 1 or "<search> stamp of France <" not in turns[0]]
-    assert_rate(len(spoilt), NUM_DRAWS, 1 - 0.8 * 0.75 * 0.85)
+    spoilt = [turns for turns in drawn if len(turns) == 1 or f"<search> stamp of {country} <" not in turns[0]]
+    assert_rate(len(spoilt), NUM_DRAWS, 1 - (1 - skipped) * 0.75 * 0.85)
     assert_rate(sum("heron" in turns[-1] for turns in spoilt), len(spoilt), 1 / 24)
     assert all("heron" in turns[-1] for turns in drawn if turns not in spoilt)
 
@@ -360,8 +362,8 @@ def test_a_wrong_country_stands_in_the_thought_and_in_the_query():
 
 def test_noise_scales_the_mistakes():
     assert all(turns == DARK_CHAIN for turns in chains(sign("dark", glyph="K"), noise=0.0))
-    halved = chains(sign("dark"), noise=0.5)
-    assert_rate(sum("{'dark'}" not in turns[0] for turns in halved), NUM_DRAWS, 0.125)
+    halved = chains(sign("rotation180"), noise=0.5)
+    assert_rate(sum("{'rotation180'}" not in turns[0] for turns in halved), NUM_DRAWS, 0.125)
     assert_rate(thoughtless(halved), NUM_DRAWS, 0.04)
 
 
