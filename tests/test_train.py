@@ -98,8 +98,12 @@ def test_resume_is_replay(whole_run, tmp_path):
 def test_step_mode_trains_on_single_actions(tmp_path):
     train(tmp_path / "run", mode="step", tasks="data/offline/steps.json", steps=1, eval_tasks="")
     [row] = rows(tmp_path / "run" / "metrics.jsonl")
-    assert row["turns"] == 1.0 and row["reward_format"] >= 0.25
     shown = rows(tmp_path / "run" / "rollouts" / "step_1.jsonl")
+    assert row["turns"] == 1.0 and row["reward_format"] == pytest.approx(sum(r["reward_parts"]["format"] for r in shown) / 8)
+    part_of = {"problem": "problem", "code": "code", "search": "search", "answer": "accuracy"}  # by the gold action's kind
+    for r in shown:
+        assert set(r["reward_parts"]) == {"format", part_of[r["id"].rpartition("-")[2]]}
+        assert r["reward"] == pytest.approx(sum(r["reward_parts"].values()))  # 1:1
     assert all("ok" not in turn for r in shown for turn in r["turns"])  # no tool runs
 
 
