@@ -6,8 +6,9 @@
 `load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is loaded;
 `evaluate_tasks` plays each task once, greedily, with live tools; `score` averages over all tasks of a split, unanswered
 ones included. Standard output ends with a line of JSON: {"all": {"f1", "em", "n"}, "simple": …, "hard": …}.
-Left out on purpose: sampling and votes (greedy decoding draws no random numbers: there is no seed), several GPUs, and
-the released evaluation's habit of replacing the crop box in the model's code by the one in the question.
+Left out on purpose: sampling and votes (greedy decoding draws no random numbers: there is no seed), several GPUs on the
+command line (`success_rates`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
+replacing the crop box in the model's code by the one in the question.
 """
 import json
 import sys
