@@ -251,8 +251,12 @@ class Arguments:
     max_tokens: int = _option(8192, "tokens an episode: prompt, actions and observations")
     batch_size: int = _option(8, "tasks played side by side")
     prompt: Literal["short", "full"] = _option("short", "instructions: short for the laptop model, full for hub models")
-    corpus: str = _option("sqlite:data/offline/corpus.jsonl", "search backend, by URL")
+    corpus: str = _option("sqlite:data/offline/corpus.sqlite", "search: sqlite:INDEX, http://HOST:PORT/retrieve or serper")
     topk: int = _option(3, "passages a search returns")
+    search_pages: int = _option(0, "pages of the first results that are read too (serper)")
+    search_cache: str = _option("runs/search_cache.sqlite", "answers from the network, kept for all runs; empty: none")
+    search_budget: int = _option(0, "searches sent over the network, after which the tool fails; 0: no end")
+    code_unlocked: bool = _option(False, "run model-written code in plain child processes where the kernel cannot lock it in")
     tools: Literal["on", "off"] = _option("on", "off: every call is answered that the tool is switched off")
 
 
@@ -264,8 +268,9 @@ def _run(args):
     from model import load_policy  # here for the reason given in evaluate_tasks
     from rollout import Limits, Tools
     limits = Limits(max_turns=args.max_turns, max_new_tokens=args.max_new_tokens, max_tokens=args.max_tokens)
-    search = SearchTool(args.corpus, args.topk) if args.tools == "on" else None
-    with CodeTool() if args.tools == "on" else nullcontext() as code:
+    search = SearchTool(args.corpus, args.topk, pages=args.search_pages, cache=args.search_cache,
+                        budget=args.search_budget or None) if args.tools == "on" else None
+    with CodeTool(unlocked=args.code_unlocked) if args.tools == "on" else nullcontext() as code:
         return evaluate_tasks(load_policy(args.model), tasks, Tools(code, search), limits, benchmark=args.benchmark,
                               batch_size=args.batch_size, prompt=args.prompt, output_dir=args.output_dir)
 

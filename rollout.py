@@ -54,6 +54,7 @@ class Limits:
     max_turns: int = 5
     max_new_tokens: int = 1024  # a turn
     max_tokens: int = 8192  # prompt, actions and observations together
+    max_observation_tokens: int = 1024  # of a tool's text; a longer one is cut, with a mark
     max_images: int = 6  # in the context, the prompt's included
     batch_tokens: int = 16384  # rows × length of one `generate` call
 
@@ -126,7 +127,7 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
         seconds["generate"] += time.perf_counter() - start
         start = time.perf_counter()
         acting = [r for r in live if r.stop is None]
-        for rollout, (result, text, picture) in zip(acting, _observe(acting, tools), strict=True):
+        for rollout, (result, text, picture) in zip(acting, _observe(policy, acting, tools, limits), strict=True):
             _append_observation(policy, rollout, result, text, picture, limits)
         seconds["tools"] += time.perf_counter() - start
     return rollouts, seconds
@@ -167,7 +168,7 @@ def _append_action(policy, rollout, ids, logps, last):
         rollout.stop = "turns"
 
 
-def _observe(rollouts, tools):
+def _observe(policy, rollouts, tools, limits):
     """[(tool result or None, text, new picture or None)] for rollouts whose last action is search, code or problem."""
     actions = [r.turns[-1].action for r in rollouts]
     results = dict.fromkeys(range(len(rollouts)), None)
@@ -181,7 +182,13 @@ def _observe(rollouts, tools):
         calls = [(actions[i].content, _code_input(rollouts[i])) for i in codes]
         done = tools.code.run_many(calls) if tools.code else [TOOLS_OFF] * len(calls)
         results.update(zip(codes, done, strict=True))
-    return [_observation(actions[i], results[i]) for i in range(len(rollouts))]
+    texts = [_shorten(policy, results[i].text, limits.max_observation_tokens) if results[i] else "" for i in results]
+    return [_observation(actions[i], results[i], texts[i]) for i in results]
+
+
+def _shorten(policy, text, tokens):
+    ids = encode_text(policy, text)
+    return text if len(ids) <= tokens else policy.tokenizer.decode(ids[:tokens]).rstrip("\ufffd") + " […]"
 
 
 def _code_input(rollout):
@@ -189,12 +196,12 @@ def _code_input(rollout):
     return rollout.pictures[0] if rollout.pictures else Image.new("RGB", (28, 28))
 
 
-def _observation(action, result):
+def _observation(action, result, text):
     if action.kind == "problem":
         return None, TIP_NONE if "none" in action.content else TIP_REPAIR, None
     if action.kind == "search":
-        return result, f"<information> {result.text} </information>", None
-    return result, IMAGE_READY if result.ok else result.text, result.image
+        return result, f"<information> {text} </information>", None
+    return result, IMAGE_READY if result.ok else text, result.image
 
 
 def _append_observation(policy, rollout, result, text, picture, limits):

@@ -1,29 +1,40 @@
-"""The tools of the agent: find the action in a turn, run image code, search a corpus.
+"""The tools of the agent: find the action in a turn, run image code, search.
 
     parse_action(text) -> Action                what the model asks for
-    CodeTool().run_many([(code, image), …])     image code, each call in an isolated child process
-    SearchTool("sqlite:corpus.jsonl")           text search
-A tool that fails returns a result that the model reads. Broken machinery raises RuntimeError instead: it is never
-scored as the model's fault. Left out: web search. The trainer has threads and a GPU, so it never forks: each worker is
-a warm server, this file with `--serve`, that has numpy, Pillow and (if there) cv2 loaded and forks a child per call.
+    CodeTool().run_many([(code, image), …])     image code; each call in a child process that the kernel has locked in
+    SearchTool("sqlite:index.sqlite")           search: a local corpus, a retrieval server or the web
 
-Covered by the code tool, each line with its test in tests/test_tools.py (L: on Linux only):
-- the state of one call cannot reach the next                         test_state_does_not_leak
-- loops and sleeps end at the time limit                              test_time_limit
-- no process outlives its call, not even a daemon (L)                 test_daemon_dies_with_its_call
-- limits on memory (L), size of a file, number of open files          test_resource_limits
-- the trainer's environment is not there to be read                   test_no_secrets
-- no network (L, where the kernel allows user namespaces)             test_no_network
-- an output that is no plain file or image, or too large or small     test_bad_outputs
-- a forged or malformed reply, a killed server                        test_forged_reply, test_killed_server
-- the trainer dies: so do its servers and their calls                 test_trainer_killed
-Not covered, on purpose; for these run the trainer in a container: other files that the user may read or write, signals
-to the user's other processes (a daemon of code that also kills its server lives on), fork bombs, a disk filled with
-many files, bugs of the kernel. Windows is not supported.
+A tool that fails returns a result that the model reads. Broken machinery raises RuntimeError instead: it is never scored as
+the model's fault. The trainer has threads, keys and a GPU, so it never forks: each worker is a warm server, this file run
+with `--serve` in a fixed environment, that has numpy, Pillow and (if there) cv2 loaded and forks a child per call. Before
+the child runs a line of the code it gives up what it could do harm with, by Linux's own means: resource limits, capabilities,
+Landlock (which files) and a seccomp filter (which system calls). What is left computes, reads the libraries and its
+picture, writes one file and sends one reply. Tests: tests/test_tools.py, and the attacks of tests/test_sandbox.py.
+
+Covered, each line with its test:
+- loops, sleeps, code that holds the interpreter or ignores signals end at the time limit      test_time
+- no second process or thread: fork, exec, 3,000 threads; so one SIGKILL ends a call           test_processes
+- memory, at once or page by page, memfd and shared memory                                     test_memory
+- disk: large, sparse and countless files, output without end on any descriptor               test_output
+- outputs that are links, pipes, bombs or no images                                            test_output_file
+- secrets: the environment, /proc, the user's and the system's files                           test_reading
+- files of others: written, truncated, changed, removed, also by odd open flags                test_writing
+- every kind of socket, io_uring                                                               test_network
+- other processes: signals, leases, ptrace, their memory                                       test_other_processes
+- the kernel: bpf, perf, keys, mounts, namespaces, 32-bit calls                                test_kernel
+- forged, malformed, endless replies; a server or a trainer killed in a call                   test_replies, test_killed
+- the state of one call, which cannot reach the next                                           test_state
+Not covered: names, sizes and dates of files (stat works); what libraries hold; time spent by other calls on the same cores;
+bugs of the kernel. Without Landlock (old kernels, gVisor) the code may open no file at all: it finds its picture as `image`
+and leaves a Pillow image as `result`. Without seccomp, or on no Linux, CodeTool refuses to start unless `unlocked=True`.
 """
 import ctypes
+import ipaddress
 import json
+import math
 import os
+import platform
+import random
 import re
 import resource
 import shutil
@@ -34,19 +45,28 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import warnings
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from html import unescape
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from itertools import accumulate, count
 from typing import NamedTuple
-from urllib.parse import quote
+from unicodedata import normalize
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from PIL import Image, ImageOps
 
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the names that the released prompt gives
 MIN_SIDE, MAX_ASPECT, MAX_PIXELS = 28, 200, 4096 * 4096  # the vision tower refuses a shorter side or a longer strip
-MAX_TEXT = 2_000  # characters that the model reads of an error
+MAX_TEXT = 8_000  # bytes that the model reads of an error
 GRACE = 15.0  # seconds; a server that is silent for so long past the time limit counts as dead
 
 
@@ -90,83 +110,202 @@ def parse_action(text: str) -> Action:
 
 # ---- frames: all that passes between trainer, server and child
 KINDS = ("ok", "timeout", "exception", "no_output", "bad_image", "memory", "crash")
-FRAME = struct.Struct("!IIII")  # a number, bytes of text, width, height; then the text and raw RGB
+HEADER = struct.Struct("!IIII")  # a number, bytes of text, width, height; then the text and raw RGB
+Frame = tuple[int, str, tuple[int, int], bytes | bytearray]  # the number: ms that a call may take, or the index in KINDS
 
 
-def _send(sock: socket.socket, number: int, text: str, image: Image.Image | None) -> None:
-    """`number` is the time limit in ms of a request and the index in KINDS of a reply."""
-    data, (width, height) = text.encode("utf-8", "replace"), image.size if image else (0, 0)
+def _frame(number: int, text: str, image: Image.Image | None = None) -> Frame:
+    return (number, text, image.size, image.tobytes()) if image else (number, text, (0, 0), b"")
+
+
+def _send(sock: socket.socket, frame: Frame) -> None:
+    number, text, size, rgb = frame
+    data = text.encode("utf-8", "replace")
     sock.settimeout(GRACE)
-    sock.sendall(FRAME.pack(number, len(data), width, height) + data + (image.tobytes() if image else b""))
+    sock.sendall(HEADER.pack(number, len(data), *size) + data)
+    sock.sendall(rgb)
 
 
-def _receive(sock: socket.socket, deadline: float = float("inf")) -> tuple[int, str, Image.Image | None]:
+def _receive(sock: socket.socket, deadline: float = float("inf")) -> Frame:
     """ValueError if too large, EOFError if nobody is there, TimeoutError past the deadline (seconds of `monotonic`)."""
-    number, text_bytes, width, height = FRAME.unpack(_read(sock, FRAME.size, deadline))
+    number, text_bytes, width, height = HEADER.unpack(_read(sock, HEADER.size, deadline))
     if text_bytes > 1 << 20 or width * height > MAX_PIXELS:
         raise ValueError(f"a frame of {text_bytes} bytes of text and {width}x{height} pixels")
-    text, rgb = _read(sock, text_bytes, deadline).decode("utf-8", "replace"), _read(sock, width * height * 3, deadline)
-    return number, text, Image.frombytes("RGB", (width, height), rgb) if rgb else None
+    text = _read(sock, text_bytes, deadline).decode("utf-8", "replace")
+    return number, text, (width, height), _read(sock, width * height * 3, deadline)
 
 
-def _read(sock: socket.socket, size: int, deadline: float) -> bytes:
-    data = bytearray()
-    while len(data) < size:
+def _read(sock: socket.socket, size: int, deadline: float) -> bytearray:
+    data, done = bytearray(size), 0
+    while done < size:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         sock.settimeout(None if left == float("inf") else left)
-        chunk = sock.recv(min(size - len(data), 1 << 20))
-        if not chunk:
+        count = sock.recv_into(memoryview(data)[done:])
+        if count == 0:
             raise EOFError
-        data += chunk
-    return bytes(data)
+        done += count
+    return data
+
+
+# ---- the lock: what the kernel lets the child do
+# System calls as "name x86_64 aarch64", "-" where a machine has none. All others fail with PermissionError.
+SYSCALLS = """read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, openat 257 56,
+    close 3 57, dup 32 23, dup2 33 -, dup3 292 24, fcntl 72 25, fsync 74 82, fdatasync 75 83, ftruncate 77 46,
+    fadvise64 221 223, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48,
+    faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, getdents64 217 61, mmap 9 222, mprotect 10 226,
+    munmap 11 215, mremap 25 216, madvise 28 233, msync 26 227, mincore 27 232, brk 12 214, futex 202 98,
+    sched_yield 24 124, sched_getaffinity 204 123, getcpu 309 168, getrandom 318 278, uname 63 160, sysinfo 99 179,
+    clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, gettimeofday 96 169,
+    time 201 -, times 100 153, getrusage 98 165, getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174,
+    geteuid 107 175, getgid 104 176, getegid 108 177, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
+    sigaltstack 131 132, restart_syscall 219 128, exit 60 93, exit_group 231 94"""
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
+CHECKED = {  # (which argument, mask, values that are allowed)
+    # O_TRUNC (0x200) only together with writing, and never the access mode 3: until Landlock's third version either emptied
+    # any file that the user may write.
+    "openat": (2, 0x203, (0, 1, 2, 0x201, 0x202)),
+    "fcntl": (1, 0xFFFFFFFF, (0, 1, 2, 3, 1030)),  # duplicate, flags: a lease or an owner would send signals to others
+}
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # REFUSE: with EPERM
+
+
+def _seccomp_filter(may_open: bool) -> bytes:
+    """The filter, a program over (call, machine, arguments) in classic BPF: (code, jump if equal, jump if not, value)."""
+    column, machine = MACHINES[platform.machine()]
+    load, mask, equal, end = 0x20, 0x54, 0x15, 0x06
+    program = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, KILL), (load, 0, 0, 0)]  # other machine: int 0x80
+    for name, *numbers in (entry.split() for entry in SYSCALLS.split(",")):
+        if numbers[column] == "-" or (name == "openat" and not may_open):
+            continue
+        body = [(end, 0, 0, ALLOW)]
+        if name in CHECKED:
+            argument, bits, values = CHECKED[name]
+            tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+            body = [(load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits), *tests, (end, 0, 0, REFUSE), *body]
+        program += [(equal, 0, len(body), int(numbers[column])), *body]
+    return b"".join(struct.pack("=HBBI", *line) for line in [*program, (end, 0, 0, REFUSE)])
+
+
+def _libc(function: str, *args: int | bytes) -> int:
+    """A call that Python has no name for. OSError if it fails."""
+    passed = [arg if isinstance(arg, bytes) else ctypes.c_ulong(arg) for arg in args]
+    result = getattr(ctypes.CDLL(None, use_errno=True), function)(*passed)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {function}{args}")
+    return result
+
+
+def _landlock_version() -> int:
+    """0 where the kernel has none."""
+    with suppress(OSError):
+        return _libc("syscall", 444, 0, 0, 1)
+    return 0
+
+
+def _landlock(version: int) -> None:
+    """From now on this process reads the libraries and its folder, and writes the output file, which is there already."""
+    read, list_folder, write, truncate = 1 << 2, 1 << 3, 1 << 1, 1 << 14
+    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # refuse all file rights that this kernel knows
+    attributes = struct.pack("=QQQ", every, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]  # and TCP, signals
+    ruleset = _libc("syscall", 444, attributes, len(attributes), 0)
+    libraries = [os.path.join(prefix, lib) for prefix in {sys.prefix, sys.base_prefix, "/usr", "/"} for lib in ("lib", "lib64")]
+    paths = {path: read for path in (*libraries, "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom")}
+    for path, rights in {**paths, os.getcwd(): read, os.devnull: read | write, OUTPUT: read | write | truncate}.items():
+        if os.path.exists(path):
+            rights = (rights | list_folder if os.path.isdir(path) else rights) & every
+            beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            _libc("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, beneath), 0)
+            os.close(beneath)
+    _libc("syscall", 446, ruleset, 0)
+
+
+def _lock(program: bytes, version: int) -> None:
+    _libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    _libc("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))  # of this process: no capabilities, for root neither
+    if version:
+        _landlock(version)
+    os.closerange(LINE + 1, 1 << 16)
+    buffer = ctypes.create_string_buffer(program, len(program))
+    _libc("prctl", 22, 2, struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP, as a filter
 
 
 # ---- the child: one call
-def _child(code: str, folder: str, timeout: float, reply: socket.socket) -> None:
+LINE = 3  # its file descriptor to the server
+LOCKED = b"!"  # sent when the lock is on: what goes wrong before it is never the code's fault
+
+
+def _child(request: Frame, folder: str, line: int, lock: tuple[bytes, int] | None) -> None:
     """Never returns: whatever goes wrong in here must not run on as a second server."""
     try:
-        _limit(folder, timeout)
-        kind, text, image = _run_code(code, os.path.join(folder, OUTPUT))
-        _send(reply, KINDS.index(kind), text[:MAX_TEXT], image)
+        timeout_ms, code, size, rgb = request
+        _confine(folder, timeout_ms / 1000, line, lock)
+        os.write(LINE, LOCKED)
+        os.dup2(0, 2)  # from here on errors are the model's
+        kind, text, image = _run_code(code, Image.frombytes("RGB", size, rgb), os.path.join(folder, OUTPUT))
+        data, size = text[:MAX_TEXT].encode("utf-8", "replace"), image.size if image else (0, 0)
+        with open(LINE, "wb") as file:
+            file.write(HEADER.pack(KINDS.index(kind), len(data), *size) + data)
+            if image:
+                file.write(image.tobytes())
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(0)
 
 
-def _limit(folder: str, timeout: float) -> None:
+def _confine(folder: str, timeout: float, line: int, lock: tuple[bytes, int] | None) -> None:
+    server = os.getppid()
     os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):  # 0 was the server's line to the trainer
-        os.dup2(null, fd)
     os.chdir(folder)
-    os.environ.update(HOME=folder, TMPDIR=folder)
     limits = {resource.RLIMIT_CPU: int(timeout) + 2, resource.RLIMIT_FSIZE: 64 << 20, resource.RLIMIT_NOFILE: 64,
               resource.RLIMIT_CORE: 0}
     if sys.platform == "linux":
-        _libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the server
         with open("/proc/self/statm") as file:
             limits[resource.RLIMIT_AS] = int(file.read().split()[0]) * resource.getpagesize() + (2 << 30)
+        _libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the server, which has one thread, …
+        if os.getppid() != server:  # … or now, if it died before
+            os._exit(1)
     for limit, value in limits.items():
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)  # was the server's line to the trainer
+    os.dup2(null, 1)
+    os.dup2(line, LINE)
+    if lock:
+        _lock(*lock)
 
 
-def _run_code(code: str, output: str) -> tuple[str, str, Image.Image | None]:
+def _run_code(code: str, image: Image.Image, output: str) -> tuple[str, str, Image.Image | None]:
     """(kind, text, image) of one call."""
+    script = {"__name__": "__main__", "image": image}
     try:
         with suppress(SystemExit):  # a script may end so; what counts is its output
             # One dict for globals and locals, as in a script: functions and comprehensions see the imports.
-            exec(compile(code, "<code>", "exec", dont_inherit=True), {"__name__": "__main__"})
+            exec(compile(code, "<code>", "exec", dont_inherit=True), script)
     except BaseException as error:  # the model's code may raise anything
         return "memory" if isinstance(error, MemoryError) else "exception", f"Error: {_describe(error)}", None
     try:
-        return "ok", "", _open_output(output)
-    except FileNotFoundError:
-        return "no_output", f"Error: the code wrote no '{OUTPUT}'", None
+        if os.path.exists(output) and os.path.getsize(output):
+            made = Image.open(output, formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF"))
+        elif not isinstance(made := script.get("result"), Image.Image):
+            return "no_output", f"Error: the code wrote no '{OUTPUT}'", None
+        if made.width * made.height > MAX_PIXELS:  # the header claims so: nothing is decoded yet
+            raise ValueError(f"it has {made.width}x{made.height} pixels, more than {MAX_PIXELS}")
+        ImageOps.exif_transpose(made, in_place=True)
+        return "ok", "", _to_rgb(made)
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         return "bad_image", f"Error: '{OUTPUT}' is unusable: {error}", None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # here, not in the threads that share it
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _describe(error: BaseException) -> str:
@@ -177,88 +316,99 @@ def _describe(error: BaseException) -> str:
     return f"line {line}: {message}" if line else message
 
 
-def _open_output(path: str) -> Image.Image:
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
-        raise ValueError("it is not a regular file")  # a fifo would never end
-    with Image.open(path, formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF")) as image:
-        if image.width * image.height > MAX_PIXELS:  # the header claims so: nothing is decoded yet
-            raise ValueError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
 # ---- the server: one child after another
-def _serve() -> None:
+def _png(size: tuple[int, int], rgb: bytearray) -> list[bytes]:
+    """Not compressed: Pillow takes ten times as long, as it tries filters even then. Pillow and cv2 look at the content."""
+    stride = 3 * size[0]
+    rows = b"".join([part for at in range(0, len(rgb), stride) for part in (b"\0", memoryview(rgb)[at:at + stride])])
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    header = struct.pack("!IIBBBBB", *size, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")):
+        parts += [struct.pack("!I", len(data)), kind, data, struct.pack("!I", zlib.crc32(data, zlib.crc32(kind)))]
+    return parts
+
+
+SELF_TEST = "result = image"
+LOCK_TEST = """
+import os, socket
+for attempt in (socket.socket, lambda: os.getsid(0), lambda: os.listdir("/")):
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    raise SystemError(f"{attempt} works: the lock does not hold")
+"""
+
+
+def _serve(unlocked: bool) -> None:
     """Answers the requests on file descriptor 0 until the trainer closes its end or dies."""
-    if sys.platform == "linux":
-        with suppress(OSError):  # many containers refuse it
-            _libc("unshare", 0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET
-        _libc("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: orphans of the child become ours, so that we can kill them
-        _libc("prctl", 4, 0)  # PR_SET_DUMPABLE: no way for the child to our memory and our line through /proc
     import numpy, PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter  # noqa: E401, F401  warm for every child
     with suppress(ImportError):
         import cv2
         cv2.setNumThreads(0)  # threads do not survive a fork
     Image.init()
-    copy = f"from PIL import Image; Image.open('{INPUT}').save('{OUTPUT}')"
-    reply = _serve_call(copy, Image.new("RGB", (MIN_SIDE, MIN_SIDE)), timeout=GRACE)  # what fails here is our fault
+    lock, warning = None, ""
+    if not unlocked:
+        if sys.platform != "linux" or platform.machine() not in MACHINES:
+            sys.exit(f"image code can be locked in on Linux only, on {' or '.join(MACHINES)}")
+        version = _landlock_version()
+        lock = _seccomp_filter(may_open=version > 0), version
+        warning = "" if version else "no Landlock in this kernel: image code may open no file, only use `image` and `result`"
     sock = socket.socket(fileno=0)
-    with suppress(EOFError, ConnectionError):
-        while True:
-            _send(sock, *reply)
-            timeout_ms, code, image = _receive(sock)
-            reply = _serve_call(code, image, timeout_ms / 1000)
+    try:
+        test = SELF_TEST if unlocked else SELF_TEST + LOCK_TEST  # what fails here is our fault
+        number, text, *_ = _serve_call(_frame(round(GRACE * 1000), test, Image.new("RGB", (MIN_SIDE, MIN_SIDE))), lock)
+        if number != KINDS.index("ok"):
+            sys.exit(f"the self-test of the code server failed: {text}")
+        reply = _frame(number, warning)
+        with suppress(EOFError, ConnectionError):
+            while True:
+                _send(sock, reply)
+                reply = _serve_call(_receive(sock), lock)
+    finally:
+        shutil.rmtree(os.getcwd(), ignore_errors=True)  # the trainer may have been killed
 
 
-def _libc(function: str, *args: int) -> None:
-    """A system call that Python has no name for."""
-    if getattr(ctypes.CDLL(None, use_errno=True), function)(*map(ctypes.c_ulong, args)) != 0:
-        raise OSError(ctypes.get_errno(), f"{function}{args}")
-
-
-def _serve_call(code: str, image: Image.Image, timeout: float) -> tuple[int, str, Image.Image | None]:
+def _serve_call(request: Frame, lock: tuple[bytes, int] | None) -> Frame:
+    timeout_ms, _, size, rgb = request
     folder = tempfile.mkdtemp(dir=os.getcwd())
-    image.save(os.path.join(folder, INPUT), "PNG", compress_level=0)  # lossless; Pillow and cv2 look at the content
+    for name, content in ((INPUT, _png(size, rgb)), (OUTPUT, [])):  # the locked child cannot make a file, only fill this one
+        with open(os.path.join(folder, name), "wb") as file:
+            file.writelines(content)
     ours, theirs = socket.socketpair()
-    deadline = time.monotonic() + timeout
-    child = os.fork()
+    locked, child = False, os.fork()
     if child == 0:
         ours.close()
-        _child(code, folder, timeout, theirs)
+        _child(request, folder, theirs.fileno(), lock)
     theirs.close()
     try:
-        return _receive(ours, deadline)
+        with suppress(EOFError, TimeoutError):
+            locked = _read(ours, 1, time.monotonic() + GRACE) == LOCKED
+        if not locked:
+            raise RuntimeError("the child could not be locked in; its traceback is above")
+        return _receive(ours, time.monotonic() + timeout_ms / 1000)
     except TimeoutError:
-        return KINDS.index("timeout"), f"Error: the code ran longer than {timeout:g} s", None
+        return _frame(KINDS.index("timeout"), f"Error: the code ran longer than {timeout_ms / 1000:g} s")
     except (EOFError, OSError, ValueError):
-        return KINDS.index("crash"), "Error: the process of the code died", None
-    finally:
-        _kill_tree(child)
+        return _frame(KINDS.index("crash"), "Error: the process of the code died")
+    finally:  # one process when locked; unlocked code may have started more
+        for kill in (os.killpg, os.kill):
+            with suppress(ProcessLookupError, PermissionError):
+                kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         ours.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _kill_tree(child: int) -> None:
-    """Kills and reaps the child and all that it started; a process that dies hands its orphans to us (Linux)."""
-    with suppress(ProcessLookupError, PermissionError):  # the group is not there yet, or only as zombies (macOS)
-        os.killpg(child, signal.SIGKILL)
-    os.kill(child, signal.SIGKILL)
-    with suppress(ChildProcessError):  # nothing is left
-        while True:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                if sys.platform == "linux":
-                    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                        for pid in file.read().split():
-                            os.kill(int(pid), signal.SIGKILL)
-                time.sleep(0.0005)
-
-
 # ---- the code tool: the trainer's side
 class CodeTool:
-    """Runs image code on `workers` warm servers, at most `timeout` seconds a call. A context manager."""
+    """Runs image code on `workers` warm servers, at most `timeout` seconds a call. A context manager.
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0):
-        self.timeout = timeout
-        self._folder = tempfile.TemporaryDirectory(prefix="code_tool_", ignore_cleanup_errors=True)
+    `unlocked` accepts plain child processes, which may do all that the user may: where there is no Linux with seccomp.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 5.0, unlocked: bool = False):
+        self.timeout, self._unlocked = timeout, unlocked
         self._pool = ThreadPoolExecutor(workers)  # as many threads as servers: `_idle` is never empty when one asks
         self._idle = list(self._pool.map(lambda _: self._start(), range(workers)))
 
@@ -269,11 +419,10 @@ class CodeTool:
         self.close()
 
     def close(self) -> None:
-        """Waits for the calls under way, ends the servers, removes their folder. Later calls raise RuntimeError."""
+        """Waits for the calls under way and ends the servers. Later calls raise RuntimeError."""
         self._pool.shutdown()
         while self._idle:
             self._stop(*self._idle.pop())
-        self._folder.cleanup()
 
     def run(self, code: str, image: Image.Image) -> ToolResult:
         return self.run_many([(code, image)])[0]
@@ -281,118 +430,366 @@ class CodeTool:
     def run_many(self, calls: list[tuple[str, Image.Image]]) -> list[ToolResult]:
         """Side by side; the results stand in the order of the calls. RuntimeError if the machinery is broken."""
         # Converted before the threads start: loading a file image, which a group shares, in two of them is not safe.
-        return list(self._pool.map(self._call, [(code, image.convert("RGB")) for code, image in calls]))
+        return list(self._pool.map(self._call, [(code, _to_rgb(image)) for code, image in calls]))
 
     def _call(self, call: tuple[str, Image.Image]) -> ToolResult:
-        started, (process, sock) = time.monotonic(), self._idle.pop()
+        started, server = time.monotonic(), self._idle.pop()
         try:
-            _send(sock, round(self.timeout * 1000), *call)
-            number, text, image = _receive(sock, time.monotonic() + self.timeout + GRACE)
-            kind = KINDS[number] if number < len(KINDS) else "crash"
-        except ValueError as error:
-            self._stop(process, sock)
-            raise RuntimeError(f"malformed reply of the code server: {error}") from error
-        except (EOFError, OSError):
-            if self._stop(process, sock) > 0:
-                raise RuntimeError("the code server failed by itself; its traceback is on stderr")
-            kind, text, image = "crash", "Error: the code killed its server", None
-            process, sock = self._start()
+            reply = self._ask(*server, *call)
+            if reply is None:  # its server was killed: once more, on a new one
+                server = self._start()
+                reply = self._ask(*server, *call)
         finally:
-            self._idle.append((process, sock))  # a broken one too: the next call replaces it
-        width, height = image.size if image else (0, 0)
+            self._idle.append(server)  # a broken one too: the next call replaces it
+        number, text, (width, height), rgb = reply or _frame(KINDS.index("crash"), "Error: the server of the code was killed")
+        kind, image = KINDS[number] if number < len(KINDS) else "crash", None
         if kind == "ok" and (min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height)):
-            kind, image = "bad_image", None
-            text = f"Error: '{OUTPUT}' has {width}x{height} pixels: too small or too narrow"
-        error = None if kind == "ok" else kind
-        return ToolResult(not error, text[:MAX_TEXT], image, error, time.monotonic() - started)
+            kind, text = "bad_image", f"Error: '{OUTPUT}' has {width}x{height} pixels: too small or too narrow"
+        elif kind == "ok":
+            image = Image.frombytes("RGB", (width, height), rgb)
+        text = text.encode()[:MAX_TEXT].decode(errors="ignore")
+        return ToolResult(kind == "ok", text, image, None if kind == "ok" else kind, time.monotonic() - started)
 
-    def _start(self) -> tuple[subprocess.Popen, socket.socket]:
+    def _ask(self, process: subprocess.Popen, sock: socket.socket, folder: str, code: str, image: Image.Image
+             ) -> Frame | None:
+        """The reply of a server, None if a signal ended it. RuntimeError if it failed by itself."""
+        try:
+            _send(sock, _frame(round(self.timeout * 1000), code, image))
+            return _receive(sock, time.monotonic() + self.timeout + 2 * GRACE)
+        except (EOFError, OSError, ValueError) as error:
+            status = self._stop(process, sock, folder)
+            if status >= 0:
+                raise RuntimeError("the code server failed by itself; its traceback is on stderr") from error
+            return None
+
+    def _start(self) -> tuple[subprocess.Popen, socket.socket, str]:
         """A server that works: neither environment nor open files pass to it. RuntimeError if it does not start."""
         ours, theirs = socket.socketpair()
+        folder = tempfile.mkdtemp(prefix="code_tool_")
         with theirs:
-            process = subprocess.Popen([sys.executable, "-I", os.path.abspath(__file__), "--serve"], stdin=theirs,
-                                       stdout=subprocess.DEVNULL, cwd=self._folder.name, start_new_session=True,
+            command = [sys.executable, "-I", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
+            process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True,
                                        env={f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")})
         with suppress(EOFError, OSError):
-            if _receive(ours, time.monotonic() + 4 * GRACE)[0] == KINDS.index("ok"):
-                return process, ours
-        raise RuntimeError(f"the code server does not start: exit status {self._stop(process, ours)}, see stderr")
+            number, warning, *_ = _receive(ours, time.monotonic() + 4 * GRACE)
+            if number == KINDS.index("ok"):
+                if warning:
+                    warnings.warn(warning, stacklevel=2)
+                return process, ours, folder
+        status = self._stop(process, ours, folder)
+        raise RuntimeError(f"the code server does not start (exit status {status}, see its message on stderr); where the "
+                           "kernel cannot lock code in, unlocked=True accepts plain child processes")
 
-    def _stop(self, process: subprocess.Popen, sock: socket.socket) -> int:
-        """The exit status, negative if a signal ended it."""
+    def _stop(self, process: subprocess.Popen, sock: socket.socket, folder: str) -> int:
+        """The exit status, negative if a signal of others ended it."""
         sock.close()  # a healthy server ends by itself at this
-        with suppress(subprocess.TimeoutExpired):
+        try:
             return process.wait(timeout=1.0)
-        process.kill()
-        return process.wait()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return 1
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- the search tool
-def open_sqlite(path: str):
-    """Full-text search over a `.jsonl` corpus, indexed in memory, or a `.db` with a table `docs(title, text)` of FTS5.
+Passages = list[tuple[str, str]]  # [(text, address of its page or "")], best first
+FETCH_SECONDS, RETRY_SECONDS = 20.0, 60.0  # of one request; of all tries of one `search_many`
+MAX_BODY = 4 << 20  # bytes of an answer
+MAX_PASSAGE = 1_200  # characters of a passage that the model reads
+PAGE_PASSAGE = 600  # characters of a passage of a page
 
-    The function (query, topk) -> [(text, score)], best first by BM25 (higher is better). ValueError for a bad corpus.
-    """
-    if path.endswith(".jsonl"):
-        database = sqlite3.connect(":memory:")
-        database.execute("CREATE VIRTUAL TABLE docs USING fts5(title, text)")
-        database.executemany("INSERT INTO docs VALUES (?, ?)", _read_corpus(path))
-    elif path.endswith(".db") and os.path.isfile(path):
-        database = sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)
-    else:
-        raise ValueError(f"a corpus is a .jsonl file or an existing .db file, not {path!r}")
 
-    database.execute("SELECT title, text FROM docs LIMIT 1")  # a wrong database fails here, not in the middle of a run
+class SearchFailed(Exception):
+    """The message is a short kind for the metrics. `retry_after`: seconds, None for our own backoff, inf for never."""
 
-    def search(query: str, topk: int) -> list[tuple[str, float]]:
-        words = dict.fromkeys(re.findall(r"\w+", query.lower()))
-        # Quoted words are never FTS5 syntax; 64 of them are plenty, and thousands would take seconds.
-        match = " OR ".join(f'"{word}"' for word in list(words)[:64])
-        order = "SELECT text, -bm25(docs) FROM docs WHERE docs MATCH ? ORDER BY bm25(docs), rowid LIMIT ?"
-        return database.execute(order, (match, topk)).fetchall() if match else []
+    def __init__(self, kind: str, retry_after: float | None = float("inf")):
+        super().__init__(kind)
+        self.retry_after = retry_after
+
+
+ACCENTS = re.compile("[\u0300-\u036f]+")
+CJK = re.compile("[\u3005\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U0003ffff]+")  # kana, Han, Hangul
+
+
+def segment(text: str) -> str:
+    """Text as it is indexed and searched: lower case, no accents, a run of CJK characters as its overlapping pairs."""
+    if text.isascii():
+        return text.lower()
+    text = normalize("NFKC", ACCENTS.sub("", normalize("NFKD", text))).casefold()
+    return CJK.sub(lambda run: f" {' '.join(map(''.join, zip(run[0], run[0][1:]))) or run[0]} ", text)
+
+
+def distinct_words(text: str) -> list[str]:
+    """In the order of the text. Lower-case letters and digits only: nothing in them is syntax to FTS5."""
+    return list(dict.fromkeys(re.findall(r"[^\W_]+", segment(text))))
+
+
+def open_sqlite(address: str) -> Callable[[str, int], Passages]:
+    """A local corpus at `sqlite:INDEX`, as data/build_index.py makes it; ranked by BM25. (query, topk) -> passages."""
+    path = address.partition(":")[2]
+    try:
+        database = sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True, check_same_thread=False)
+        size = database.execute("SELECT max(id) FROM passages").fetchone()[0] or 0
+        database.execute("SELECT * FROM words, common LIMIT 1")  # a wrong database fails here, not in the middle of a run
+    except sqlite3.Error as error:
+        raise ValueError(f"{path} is no index of a corpus ({error}); make one: python data/build_index.py CORPUS.jsonl "
+                         "-o INDEX.sqlite") from error
+    budget = max(5_000, size // 100)  # passages that are ranked for all words but the rarest
+
+    def search(query: str, topk: int) -> Passages:
+        words = distinct_words(query)[:64]  # plenty; thousands would take seconds
+        if not words:
+            return []
+        known = f"SELECT * FROM common WHERE word IN ({', '.join('?' * len(words))})"
+        counts = dict.fromkeys(words, 0) | dict(database.execute(known, words))
+        words.sort(key=counts.get)
+        # To rank all that have "the" would take seconds: the rarest words choose the candidates, the others but score them,
+        # save those in most passages, which weigh nothing in BM25. FTS5 has no optional words: so the rare ones are asked for
+        # again beside the others, and these twice. That doubles all scores and leaves their order.
+        rare = words[:max(1, bisect_right(list(accumulate(map(counts.get, words))), budget))]
+        other = [word for word in words[len(rare):] if 2 * counts[word] <= size]
+        match = f"({' OR '.join(rare)}) AND ({' OR '.join(rare + 2 * other)})" if other else " OR ".join(rare)
+        order = ("SELECT id FROM (SELECT rowid AS id, bm25(words) AS score FROM words WHERE words MATCH ? LIMIT 100000) "
+                 "ORDER BY score, id LIMIT ?")  # the inner limit: "the" alone must not rank all of a large corpus
+        best = database.execute(order, (match, topk)).fetchall()
+        texts = [database.execute("SELECT text FROM passages WHERE id = ?", row).fetchone()[0] for row in best]
+        return [(zlib.decompress(text).decode(), "") for text in texts]
     return search
 
 
-def _read_corpus(path: str):
-    """(title, text) of every row {"id", "title"?, "contents" or "text"}."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
-                title, text = row.get("title", ""), row.get("contents", row.get("text"))
-                if not isinstance(title, str) or not isinstance(text, str) or not text.strip():
-                    raise ValueError('needs a text under "contents" or "text"; "title" is a text too, if given')
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: {error}") from error
-            yield title, text
+def open_retrieval(url: str) -> Callable[[str, int], Passages]:
+    """A retrieval server with Search-R1's protocol at `http(s)://…/retrieve`. (query, topk) -> passages."""
+    _split(url)
+
+    def search(query: str, topk: int) -> Passages:
+        reply = json.loads(fetch(url, {"queries": [query], "topk": topk, "return_scores": True})[0])
+        documents = [item.get("document", item) for item in reply["result"][0][:topk]]  # with scores, or bare
+        return [(with_title(document["contents"]), "") for document in documents]
+    return search
 
 
-BACKENDS = {"sqlite": open_sqlite}  # scheme of the address -> a function that opens what follows the colon
+def open_serper(address: str) -> Callable[[str, int], Passages]:
+    """Web search by serper.dev, or by what speaks like it at `serper:URL`. (query, topk) -> passages.
+
+    ValueError without a key in the environment variable SERPER_API_KEY: it stands nowhere else.
+    """
+    key, url = os.environ.get("SERPER_API_KEY", "").strip(), address.partition(":")[2] or "https://google.serper.dev/search"
+    _split(url)
+    if not key or not key.isascii() or not key.isprintable():
+        raise ValueError("the search backend serper needs a key in the environment variable SERPER_API_KEY")
+
+    def search(query: str, topk: int) -> Passages:
+        results = json.loads(fetch(url, {"q": query, "num": topk}, {"X-API-KEY": key})[0]).get("organic", [])
+        passages = [(str(item.get("snippet") or item.get("title", "")), str(item.get("link", ""))) for item in results[:topk]]
+        return [(text, link) for text, link in passages if text]
+    return search
+
+
+BACKENDS = {"sqlite": open_sqlite, "http": open_retrieval, "https": open_retrieval, "serper": open_serper}  # by scheme
+
+
+def with_title(contents: str) -> str:
+    """`Title: text` of a document whose first line is its title, in quotes or not, as in Search-R1's corpora."""
+    title, newline, text = contents.partition("\n")
+    return title.strip('" ') + ": " + text if newline else contents
 
 
 class SearchTool:
-    """Answers text queries with the `topk` best passages of `backend`, an address such as "sqlite:corpus.jsonl"."""
+    """Answers text queries with the `topk` best passages of `backend`: "sqlite:index.sqlite", "http://host:port/retrieve" or
+    "serper". ValueError for what cannot work.
 
-    def __init__(self, backend: str, topk: int = 3):
-        scheme, _, address = backend.partition(":")
+    pages   of so many results the pages are read too, and the passages nearest to the query taken from all of them
+    cache   a file in which answers from the network are kept, for all ranks and runs
+    budget  searches that may be sent out, retries included; after them all new queries fail, and `spent` is True
+    """
+
+    def __init__(self, backend: str, topk: int = 3, *, pages: int = 0, cache: str | None = None, budget: int | None = None):
+        scheme = backend.partition(":")[0]
         if scheme not in BACKENDS:
             raise ValueError(f"unknown search backend {backend!r}; known schemes: {', '.join(BACKENDS)}")
-        self._search, self.topk = BACKENDS[scheme](address), topk
+        if pages and scheme != "serper":
+            raise ValueError(f"the search backend {backend!r} names no pages to read: this needs serper")
+        self.topk, self.spent, self._pages, self._budget, self._sent = topk, False, pages, budget, 0
+        self._ask, self._lock, self._pool = BACKENDS[scheme](backend), threading.Lock(), ThreadPoolExecutor(8)
+        self._key = [backend, topk, pages]
+        self._cache = _open_cache(cache) if cache and scheme != "sqlite" else None
 
     def search_many(self, queries: list[str]) -> list[ToolResult]:
-        return [self._query(query) for query in queries]
+        """Side by side; the results stand in the order of the queries, equal ones are asked once. Nothing that
+        the network does is raised."""
+        give_up = time.monotonic() + RETRY_SECONDS
+        queries = [" ".join(query.encode("utf-8", "replace").decode().split()) for query in queries]
+        distinct = list(dict.fromkeys(queries))
+        results = dict(zip(distinct, self._pool.map(lambda query: self._query(query, give_up), distinct), strict=True))
+        return [results[query] for query in queries]
 
-    def _query(self, query: str) -> ToolResult:
+    def _query(self, query: str, give_up: float) -> ToolResult:
         started = time.monotonic()
-        if not query.strip():
+        if not query:
             return ToolResult(False, "The query is empty.", None, "empty_query", 0.0)
-        passages = [" ".join(text.split()) for text, _ in self._search(query, self.topk)]
-        text = " ".join(f"{rank}. Content: {passage}" for rank, passage in enumerate(passages, start=1))
+        try:
+            passages = self._look_up(query, give_up)
+        except SearchFailed as failure:
+            return ToolResult(False, f"The search failed: {failure}.", None, str(failure), time.monotonic() - started)
+        text = " ".join(f"{rank}. Content: {_shorten(passage)}" for rank, passage in enumerate(passages, start=1))
         error = None if passages else "no_results"
         return ToolResult(bool(passages), text or "No results.", None, error, time.monotonic() - started)
 
+    def _look_up(self, query: str, give_up: float) -> list[str]:
+        """From the cache, or asked and put there."""
+        key = json.dumps([*self._key, query.lower()])
+        with suppress(sqlite3.Error):  # a cache that is locked for long, or full, costs a request and not the run
+            for (known,) in self._cache.execute("SELECT passages FROM answers WHERE key = ?", (key,)) if self._cache else ():
+                return json.loads(known)
+        found = self._ask_patiently(query, give_up)
+        passages = self._read_pages(query, found) if self._pages else [text for text, _ in found]
+        with suppress(sqlite3.Error):
+            if self._cache:
+                self._cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(passages)))
+        return passages
 
-if __name__ == "__main__" and sys.argv[1:] == ["--serve"]:
-    _serve()
+    def _ask_patiently(self, query: str, give_up: float) -> Passages:
+        failure = SearchFailed("timeout")  # of those whose turn comes too late
+        for attempt in count():
+            if time.monotonic() > give_up:
+                raise failure
+            with self._lock:
+                if self._budget is not None and self._sent >= self._budget:
+                    self.spent = True
+                    raise SearchFailed("budget")
+                self._sent += 1
+            try:
+                return self._ask(query, self.topk)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or of another shape
+                failure = SearchFailed("bad_reply", None)
+            except SearchFailed as error:
+                failure = error
+            wait = max(failure.retry_after or 0.0, 0.5 * 2 ** attempt)
+            wait *= random.SystemRandom().uniform(1.0, 1.5)  # ranks that fail together do not come back together
+            if time.monotonic() + wait > give_up:
+                raise failure
+            time.sleep(wait)
+
+    def _read_pages(self, query: str, found: Passages) -> list[str]:
+        """The snippets and the passages of the first pages, nearest first: by distinct words shared, rare ones count more."""
+        rows = [text for text, _ in found]
+        for _, link in found[:self._pages]:
+            with suppress(SearchFailed):  # its snippet is there in any case
+                text, kind = fetch(link, public=True)
+                text = " ".join((page_text(text) if kind == "html" else text).split())
+                rows += re.findall(rf".{{1,{PAGE_PASSAGE}}}(?!\S)|.{{{PAGE_PASSAGE}}}", text)  # some scripts have no spaces
+        words = {row: set(distinct_words(row)) for row in rows}
+        weight = {word: math.log(1 + len(rows) / (1 + sum(word in each for each in words.values())))
+                  for word in distinct_words(query)}
+        return sorted(words, key=lambda row: -sum(weight[word] for word in weight.keys() & words[row]))[:self.topk]
+
+
+def _open_cache(path: str) -> sqlite3.Connection:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        cache = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
+        cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, passages TEXT)")
+    except sqlite3.Error as error:
+        raise ValueError(f"the search cache {path} is unusable ({error}): delete it or name another file") from error
+    return cache
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.encode("utf-8", "replace").decode().split())  # JSON can spell half a surrogate pair
+    return text if len(text) <= MAX_PASSAGE else text[:MAX_PASSAGE] + " […]"
+
+
+# ---- the network, where everything may be slow, endless, broken or hostile
+def fetch(url: str, payload: dict | None = None, headers: dict | None = None, public: bool = False) -> tuple[str, str]:
+    """GET, or POST of a payload as JSON -> (text, "html" or another kind). SearchFailed beyond MAX_BODY or FETCH_SECONDS.
+
+    `public` is for addresses that search results name: each one connected to must be of the public internet, also after a
+    redirect, and text must come back. Otherwise no redirect is followed: the headers may hold a key.
+    """
+    deadline, sockets = time.monotonic() + FETCH_SECONDS, []
+
+    def connect(address, timeout, _source):
+        sock = socket.create_connection(_public_address(*address) if public else address, timeout)
+        sockets.append(sock.dup())  # a second handle, as TLS takes the first one over
+        if time.monotonic() >= deadline:  # looking the name up has taken all the time, and nobody will hang up
+            raise TimeoutError
+        return sock
+
+    def hang_up():  # a socket's own timeout starts anew with every byte; this one does not
+        for sock in sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(FETCH_SECONDS, hang_up)
+    timer.start()
+    try:
+        for _ in range(5 if public else 1):
+            status, head, body = _exchange(url, payload, headers or {}, connect, deadline)
+            if not public or status not in (301, 302, 303, 307, 308):
+                break
+            url = urljoin(url, head.get("Location", ""))
+        if status != 200:
+            wait = head.get("Retry-After", "")
+            passes = status in (408, 429) or status >= 500
+            seconds = float(wait) if wait.isascii() and wait.isdigit() else None
+            raise SearchFailed(f"http_{status}", seconds if passes else float("inf"))
+        charset = head.get_content_charset("utf-8")  # of a text: Python knows others too, some of which take for ever
+        known = re.match(r"utf-?(8|16|32)|iso|windows|cp|gb|big5|euc|shift|koi8|(us-)?ascii|latin", charset)
+        if len(body) > MAX_BODY or time.monotonic() >= deadline or not known or "Content-Encoding" in head or (
+                public and head.get_content_maintype() != "text"):
+            raise ValueError("too long, cut off, or of a kind that was not asked for")
+        return body.decode(charset, "replace"), head.get_content_subtype()
+    except (OSError, HTTPException, LookupError, ValueError) as error:
+        kind = "unreachable" if isinstance(error, OSError) else "bad_reply"
+        late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
+        raise SearchFailed("timeout" if late else kind, None) from error
+    finally:
+        timer.cancel()
+        for sock in sockets:
+            sock.close()
+
+
+def _exchange(url, payload, headers, connect, deadline):
+    """(status, headers, body) of one request; `connect` opens its socket."""
+    parts = _split(url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    with closing(kind(parts.hostname, parts.port, timeout=max(deadline - time.monotonic(), 0.001))) as connection:
+        connection._create_connection = connect
+        data = None if payload is None else json.dumps(payload).encode()
+        path = quote(parts._replace(scheme="", netloc="", fragment="").geturl() or "/", safe="%/:=&?~+!$,;'@()*[]")
+        connection.request("GET" if data is None else "POST", path, data, {"Content-Type": "application/json", **headers})
+        response, body = connection.getresponse(), bytearray()
+        while len(body) <= MAX_BODY and (part := response.read1(1 << 16)):  # read() believes what a chunk says of its length
+            body += part
+        return response.status, response.headers, bytes(body)
+
+
+def _split(url: str) -> SplitResult:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # .port raises a ValueError by itself
+        raise ValueError(f"no address of a web server: {url!r}")
+    return parts
+
+
+def _public_address(host: str, port: int) -> tuple[str, int]:
+    """Resolved once, so that the address which is checked is the one connected to. IPv4: one form, no tunnels."""
+    address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+    if not ipaddress.ip_address(address).is_global or ipaddress.ip_address(address).is_multicast:
+        raise ValueError(f"{host} is not of the public internet")
+    return address, port
+
+
+def page_text(html: str) -> str:
+    """The text of a page without tags, scripts and styles. Linear in its length, on hostile pages too."""
+    first, *rest = re.split(r"<(/?(?:script|style))\b[^<>]*>", html, flags=re.IGNORECASE)
+    shown = [first, *(text for tag, text in zip(rest[::2], rest[1::2]) if tag[0] == "/")]
+    text = re.sub("<[^<>]*>?", " ", " ".join(shown))
+    with suppress(ValueError):  # a reference of more than 4,300 digits
+        text = unescape(text)
+    return text
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--serve"]:
+    _serve(unlocked="--unlocked" in sys.argv)

@@ -48,8 +48,11 @@ class Config:
     model: str = flag("data/model", "hub name (Qwen/Qwen2.5-VL-3B-Instruct, -7B-) or folder in the hub's layout")
     tasks: str = flag("data/offline/train.json", "training tasks: MAT's JSON, FlashRAG's jsonl, or step rows")
     eval_tasks: str = flag("data/offline/heldout.json", "held-out tasks, same formats; empty: no evaluation")
-    corpus: str = flag("sqlite:data/offline/corpus.jsonl", "search backend by URL")
-    topk: int = flag(3, "documents a search returns")
+    corpus: str = flag("sqlite:data/offline/corpus.sqlite", "search backend: sqlite:INDEX, http://HOST:PORT/retrieve, serper")
+    topk: int = flag(3, "passages a search returns")
+    search_pages: int = flag(0, "pages of the first results that are read too (serper)")
+    search_cache: str = flag("runs/search_cache.sqlite", "answers from the network, kept for all ranks and runs; empty: none")
+    search_budget: int = flag(0, "searches over the network, of all ranks, before the run stops with a checkpoint; 0: no end")
     output_dir: str = flag("runs/default", "where metrics, rollouts, checkpoints and the exported model go")
     mode: str = flag("episode", "episode: live multi-turn; step: one action a row, the released way")
     prompt: str = flag("short", "instructions after the question: short (none: the laptop model) or full (the hub's models)")
@@ -59,6 +62,7 @@ class Config:
     max_turns: int = flag(4, "actions a rollout may take")
     max_new_tokens: int = flag(96, "tokens a turn may take")
     max_tokens: int = flag(512, "tokens of a whole rollout: prompt, actions, observations")
+    max_observation_tokens: int = flag(1024, "tokens of a tool's text; longer ones are cut, with a mark")
     max_images: int = flag(4, "images in the context of a rollout, the prompt's included")
     temperature: float = flag(1.0, "of sampling, and of the scored law")
     batch_tokens: int = flag(16384, "rows x length of one generate call of a rank")
@@ -74,6 +78,7 @@ class Config:
     max_pixels: int = flag(MAX_PIXELS, "of an image after resizing; the paper: 401408")
     code_workers: int = flag(1, "code calls that run side by side on a rank")
     code_timeout: float = flag(5.0, "seconds a code call may take")
+    code_unlocked: bool = flag(False, "run model-written code in plain child processes where the kernel cannot lock it in")
     seed: int = flag(0, "of prompts and sampling")
     eval_every: int = flag(0, "updates between evaluations; 0: only before and after")
     eval_limit: int = flag(0, "held-out tasks used, drawn once; 0: all")
@@ -89,7 +94,8 @@ class Config:
         if self.group_size < 2:
             raise ValueError(f"--group_size {self.group_size}: a group of one has no advantage; give at least 2")
         positive = ("steps", "prompts_per_step", "max_turns", "max_new_tokens", "temperature", "lr", "save_every",
-                    "rollouts_every", "micro_batch_tokens", "batch_tokens", "max_images", "topk", "code_workers")
+                    "rollouts_every", "micro_batch_tokens", "batch_tokens", "max_images", "topk", "code_workers",
+                    "max_observation_tokens")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -102,11 +108,10 @@ class Config:
 
     def limits(self) -> Limits:
         return Limits(1 if self.mode == "step" else self.max_turns, self.max_new_tokens, self.max_tokens,
-                      self.max_images, self.batch_tokens)
+                      self.max_observation_tokens, self.max_images, self.batch_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------- stages of a step
-
 def prompts_of_step(tasks: list[dict], step: int, config: Config) -> list[dict]:
     """This rank's share of the P tasks of a step: each epoch is a shuffle of its own, a pure function of seed and step."""
     chosen = []
@@ -188,7 +193,6 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves behind
-
 def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: list[float], advantages: list[float],
              metrics: dict[str, float], seconds: dict[str, float], clock: float, config: Config) -> dict:
     """Write a row of metrics.jsonl and, now and then, the rollouts; returns the row. The README defines every metric."""
@@ -197,12 +201,15 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     rows = gather([{**rollout_row(r, shown, f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
                     "reward": rewards[i], "advantage": advantages[i]} for i, r in enumerate(rollouts)])
     oks = [turn["ok"] for row in rows for turn in row["turns"] if "ok" in turn]
+    lost = [t["error"] for row in rows for t in row["turns"] if t["action"] == "search" and t.get("error")
+            and t["error"] not in ("empty_query", "no_results", "off")]  # what is left is no fault of the policy
     names = sorted({name for row in rows for name in row["reward_parts"]})
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
     row = {"step": step, "reward": fmean(r["reward"] for r in rows),
            **{f"reward_{name}": fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names},
            "success": fmean(exact_match(r["answer"], r["answers"]) for r in rows),
            "turns": fmean(len(r["turns"]) for r in rows), "tool_errors": 1 - fmean(oks or [1]),
+           "searches_lost": len(lost),
            "stop_length": fmean(r["stop"] == "length" for r in rows),
            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
            "flat_groups": fmean(r["advantage"] == 0 for r in rows), **metrics, "lr": learning_rate(step - 1, config),
@@ -270,6 +277,8 @@ def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, 
     seed_step(config, -1 - step)
     rates = success_rates(policy, tasks, tools, replace(config.limits(), max_turns=config.max_turns),
                           temperature=config.eval_temperature, prompt=config.prompt)
+    if tools.search and search_is_spent(tools.search):
+        return  # --resume will evaluate this step
     if dist.get_rank() == 0:
         with open(path, "a") as file:
             print(json.dumps({"step": step, "tools": label, **rates}), file=file)
@@ -277,6 +286,11 @@ def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, 
         print(f"held-out success, tools {label}: {rates['success']:.1%} of {rates['n']}   ({kinds})   "
               f"{time.perf_counter() - start:.0f} s", flush=True)
     dist.barrier()  # the row is there before any rank looks for it
+
+
+def search_is_spent(search: SearchTool) -> bool:
+    """Whether the search budget of any rank is used up. All ranks call it."""
+    return all_reduce({"spent": search.spent}, dist.ReduceOp.MAX)["spent"] > 0
 
 
 def write_summary(config: Config, seconds: float) -> dict:
@@ -300,11 +314,11 @@ def step_line(row: dict, config: Config, left: float) -> str:
     seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
     return (f"step {row['step']:>3}/{config.steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
             f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
-            f"left {int(left) // 60}:{int(left) % 60:02d}")
+            f"left {int(left) // 60}:{int(left) % 60:02d}"
+            + f"  {row['searches_lost']} searches lost" * (row["searches_lost"] > 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------- the run
-
 def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     """Check what can be checked before a model is loaded; returns (training tasks, held-out tasks, search tool)."""
     check_model(config.model)
@@ -319,7 +333,8 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
     if 0 < config.eval_limit < len(held_out):
         held_out = random.Random(0).sample(held_out, config.eval_limit)  # in file order the first ones are of one family
-    return tasks, held_out, SearchTool(backend=config.corpus, topk=config.topk)
+    return tasks, held_out, SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
+                                       budget=config.search_budget // world if config.search_budget else None)
 
 
 def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool) -> None:
@@ -337,7 +352,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
         print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
               f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; see {out}", flush=True)
     first = resume(policy, optimizer, config) if config.resume else 0
-    with CodeTool(workers=config.code_workers, timeout=config.code_timeout) as code_tool:
+    with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code_tool:
         tools = Tools(code_tool, search)
         if first == 0:
             evaluate_policy(policy, held_out, tools, 0, config)
@@ -351,6 +366,10 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
             with gathered(policy):
                 rollouts, seconds = roll_out(policy, prompts, tools, config.limits(), group_size=config.group_size,
                                              temperature=config.temperature, prompt=config.prompt)
+            if search_is_spent(search):  # what was just rolled out was told so: it is thrown away
+                save_checkpoint(policy, optimizer, step, config)
+                dist.destroy_process_group()
+                sys.exit(f"stopped before step {step + 1}: --search_budget {config.search_budget} is spent; --resume goes on")
             # 3. score: rewards by part
             parts = [reward_parts(r, config.mode) for r in rollouts]
             rewards = [weighted_sum(p, config.reward_weights()) for p in parts]

@@ -34,6 +34,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import make_tasks
+from build_index import index_corpus, read_corpus
 from model import encode_image, encode_prompt, export, load_policy, score
 from reward import exact_match
 from rollout import (IMAGE_READY, PROMPTS, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate, micro_batches, replay,
@@ -144,8 +145,9 @@ def demonstrations(policy, rng, code_tool, num, chain):
         known = make_tasks.facts(f"demonstrations-{seed}")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "corpus.jsonl"
-            path.write_text("\n".join(map(json.dumps, make_tasks.make_corpus(f"demonstrations-{seed}"))))
-            search = SearchTool(backend=f"sqlite:{path}", topk=3)
+            make_tasks.write_rows(path, make_tasks.make_corpus(f"demonstrations-{seed}"))
+            index_corpus(path.with_suffix(".sqlite"), read_corpus(path))
+            search = SearchTool(backend=f"sqlite:{path.with_suffix('.sqlite')}", topk=3)
             tasks = [make_tasks.search_task(rng, known, *rng.choice(pairs), task_id=i) for i in range(num // 16)]
             played += roll_out(policy, tasks, Tools(search=search), LIMITS, sampler=chains(policy, tasks, chain))[0]
     rng.shuffle(played)
@@ -187,7 +189,7 @@ def print_unsure_tokens(policy, rollouts):
 def success(policy, code_tool, num):
     """Share of fresh tasks solved, {kind: share}, with the shipped corpus in the search tool."""
     rng, known = random.Random(99), make_tasks.facts(0)
-    search = SearchTool(backend=f"sqlite:{Path(__file__).parent}/offline/corpus.jsonl", topk=3)
+    search = SearchTool(backend=f"sqlite:{Path(__file__).parent}/offline/corpus.sqlite", topk=3)
     tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], split="train") for i in range(num)]
     tasks += [make_tasks.search_task(rng, known, *rng.choice(make_tasks.search_pairs("train"))) for _ in range(num // 2)]
     rollouts, _ = roll_out(policy, tasks, Tools(code_tool, search), LIMITS)

@@ -3,6 +3,7 @@
     python data/make_tasks.py --seed 0 --out data/offline
 
     corpus.jsonl    192 documents for the search tool, one fact per (country, attribute)
+    corpus.sqlite   their index (data/build_index.py)
     train.json      192 coding + 192 search tasks
     heldout.json    144 coding (24 of each kind) + 96 search tasks
     steps.json      the right chains of train.json cut into single steps, for the released way of training
@@ -11,7 +12,8 @@
 Coding: the character on a sign is to be read, after code has undone a turn, the dark or the over-exposure, or has cut
 the sign out of a scene of four. Search: a flag tells the country; the animal asked for is drawn at random, so it can be
 found in the corpus but not be known. Train and held-out tasks share no sign (glyph, panel, ink) and no fact (country,
-attribute). The same seed gives the same bytes. Left out: MAT's blur and noise, and its pairs of degradations.
+attribute). The same seed gives the same bytes, but for the index, where SQLite writes its version. Left out: MAT's blur and
+noise, and its pairs of degradations.
 """
 import argparse
 import json
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from build_index import index_corpus, read_corpus
 
 # Signs. Boxes are [x_min, y_min, x_max, y_max] in thousandths of the image.
 SIGN = 56  # pixels a side: four vision tokens of Qwen2.5-VL, 28x28 pixels each
@@ -323,6 +327,7 @@ def write_tasks(seed, out):
                 image.save(out / path, optimize=True)
     write_rows(out / "steps.json", [row for task in splits["train"] for row in step_rows(task)])
     write_rows(out / "corpus.jsonl", make_corpus(seed))
+    index_corpus(out / "corpus.sqlite", read_corpus(out / "corpus.jsonl"))
 
 
 def main():

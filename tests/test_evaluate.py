@@ -275,7 +275,7 @@ def test_evaluate_tasks_plays_all_tasks_in_order_with_live_tools(tmp_path, capsy
     policy = load_policy(str(ROOT / "data" / "model"))
     tasks = load_tasks(ROOT / "data" / "offline" / "heldout.json")[::25]  # one of each kind, 4 of search
     with CodeTool(workers=1) as code:
-        tools = Tools(code, SearchTool(f"sqlite:{ROOT}/data/offline/corpus.jsonl"))
+        tools = Tools(code, SearchTool(f"sqlite:{ROOT}/data/offline/corpus.sqlite"))
         scores, answers = [], []
         for batch_size in (3, 10):
             out = tmp_path / str(batch_size)

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import math
 import random
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,13 @@ def made(tmp_path_factory):
 
 def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def contents(index):
+    """The rows of a search index: passages, and every word with the passages and places where it stands."""
+    with closing(sqlite3.connect(index)) as database:
+        database.execute("CREATE VIRTUAL TABLE temp.places USING fts5vocab(main, words, instance)")
+        return [database.execute(f"SELECT * FROM {table}").fetchall() for table in ("passages", "common", "temp.places")]
 
 
 def pixels(image):
@@ -91,6 +100,7 @@ def test_counts(made):
     assert glyphs == dict.fromkeys(make_tasks.GLYPHS, 12)
     assert len({row["id"] for row in train + heldout}) == 624
     assert len((made / "corpus.jsonl").read_text().splitlines()) == 192
+    assert contents(made / "corpus.sqlite") == contents(DATA / "offline" / "corpus.sqlite")
     types = collections.Counter(row["type"] for row in read(made, "steps.json"))
     # 192 coding chains, 32 of them of kind none, which need no code; 192 search chains
     assert types == {"pre_problem": 192, "pre_code": 160, "pre_search": 192, "pre_answer": 384}

@@ -1,13 +1,9 @@
 """What tools.py promises: actions, image code in real child processes, search. Nothing is mocked.
 
-Attacks are harmless where a limit is missing: no loop forks, nothing sleeps longer than 30 s, no write is over 100 MB.
+What image code must not do is in test_sandbox.py.
 """
 import json
 import os
-import re
-import signal
-import socket
-import subprocess
 import sys
 import textwrap
 import time
@@ -23,12 +19,12 @@ from tools import OUTPUT, TOOLS_OFF, CodeTool, SearchTool, parse_action  # noqa:
 
 GOLDEN = ROOT.parent / "shared" / "golden" / "transcripts.json"
 COPY = "from PIL import Image\nImage.open('path_to_input_image.jpg').save('path_to_output_image.jpg', 'PNG')\n"
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the guarantee is given on Linux only")
+UNLOCKED = sys.platform != "linux"  # elsewhere image code works, but is not locked in
 
 
 @pytest.fixture(scope="module")
 def tool():
-    with CodeTool(workers=1, timeout=5.0) as code_tool:
+    with CodeTool(workers=1, timeout=5.0, unlocked=UNLOCKED) as code_tool:
         yield code_tool
 
 
@@ -38,20 +34,6 @@ def image():
     picture = Image.new("RGB", (40, 30))
     picture.putdata([(x * 6, y * 8, (x * y) % 256) for y in range(30) for x in range(40)])
     return picture
-
-
-def is_alive(pid):
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 # ---- actions
@@ -103,6 +85,25 @@ def test_code_gets_the_exact_pixels_and_gives_them_back(tool, image):
     assert (result.ok, result.text, result.error, result.image.size) == (True, "", None, (30, 40))
     assert result.image.tobytes() == image.transpose(Image.ROTATE_90).tobytes()
     assert 0 < result.seconds < 5
+
+
+def test_code_may_use_names_instead_of_files(tool, image):
+    result = tool.run("result = image.transpose(0)", image)
+    assert (result.ok, result.image.tobytes()) == (True, image.transpose(0).tobytes())
+    assert tool.run(COPY + "result = None", image).image.tobytes() == image.tobytes()
+    assert tool.run(COPY + "result = image.resize((99, 99))", image).image.size == (40, 30)  # a file that is written wins
+
+
+def test_libraries_are_there(tool, image):
+    code = """
+        import colorsys, wave, xml.dom.minidom  # no server has loaded these before
+        from PIL import Image, ImageDraw, ImageFont
+        ImageDraw.Draw(image).text((2, 2), "a", font=ImageFont.load_default())
+        open('/dev/null', 'w').write('nowhere')
+        open('/dev/urandom', 'rb').read(4)
+        result = image"""
+    result = tool.run(textwrap.dedent(code), image)
+    assert (result.text, result.image == image) == ("", False)
 
 
 def test_numpy_and_jpeg_work(tool):
@@ -162,7 +163,7 @@ def test_exif_orientation_is_applied(tool):
     ("", "no_output", "Error: the code wrote no 'path_to_output_image.jpg'"),
     ("import sys; sys.exit(3)", "no_output", "Error: the code wrote no 'path_to_output_image.jpg'"),
     ("import os; os._exit(0)", "crash", "Error: the process of the code died"),
-    ("import os; os.kill(os.getpid(), 11)", "crash", "Error: the process of the code died"),
+    ("import ctypes; ctypes.string_at(0)", "crash", "Error: the process of the code died"),
 ])
 def test_errors_are_told_to_the_model(tool, image, code, error, text):
     result = tool.run(code, image)
@@ -170,84 +171,19 @@ def test_errors_are_told_to_the_model(tool, image, code, error, text):
 
 
 def test_long_error_text_is_cut(tool, image):
-    assert len(tool.run("raise ValueError('ä' * 3_000_000 + '\\ud800')", image).text) == 2_000
+    text = tool.run("raise ValueError('ä' * 3_000_000 + '\\ud800')", image).text
+    assert text.startswith("Error: line 1: ValueError: ää") and 7_990 < len(text.encode()) <= 8_000
 
 
 def test_exit_after_the_output_is_fine(tool, image):
     assert tool.run(COPY + "exit(1)", image).ok
 
 
-def test_state_does_not_leak(tool, image):
-    poison = "import builtins, os, sys\nfrom PIL import Image\nImage.open = builtins.open = None\n" \
-             "sys.modules['numpy'] = None\nos.environ['LEFT'] = 'behind'\nopen_file = 1\n"
-    assert tool.run(poison, image).error == "bad_image"  # it poisoned itself
-    clean = "import numpy, os\nassert 'LEFT' not in os.environ and os.listdir() == ['path_to_input_image.jpg']\n"
-    assert tool.run(clean + COPY, image).text == ""
-
-
-@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(30)", "9 ** 9 ** 9",
-                                  "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
-                                  "while True: pass"])
-def test_time_limit(code, image):
-    with CodeTool(workers=1, timeout=0.5) as tool:
-        started = time.monotonic()
-        result = tool.run(code, image)
-        assert (result.error, result.text) == ("timeout", "Error: the code ran longer than 0.5 s")
-        assert 0.5 <= time.monotonic() - started < 2.0
-        assert tool.run(COPY, image).ok
-
-
-DAEMON = """
-import os, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        with open({pid_file!r}, 'w') as file:
-            file.write(str(os.getpid()))
-        time.sleep(30)
-    os._exit(0)
-while not os.path.exists({pid_file!r}) or not os.path.getsize({pid_file!r}):
-    time.sleep(0.01)
-"""
-
-
-@on_linux
-@pytest.mark.parametrize("ending", ["", "time.sleep(30)", "os._exit(0)"])
-def test_daemon_dies_with_its_call(ending, image, tmp_path):
-    pid_file = tmp_path / "pid"
-    with CodeTool(workers=1, timeout=1.0) as tool:
-        tool.run(DAEMON.format(pid_file=str(pid_file)) + ending, image)
-        assert not is_alive(int(pid_file.read_text()))
-
-
-@pytest.mark.parametrize("code, error, text", [
-    pytest.param("block = bytearray(3 << 30)", "memory", "MemoryError", marks=on_linux),
-    pytest.param("import numpy; numpy.empty(3 << 30, 'uint8')", "memory", "Unable to allocate", marks=on_linux),
-    ("open('big', 'wb').write(bytes(100 << 20))", "exception", "File too large"),
-    ("files = [open(f'{i}', 'w') for i in range(100)]", "exception", "Too many open files"),
-])
-def test_resource_limits(tool, image, code, error, text):
-    result = tool.run(code, image)
-    assert result.error == error and text in result.text
-
-
-def test_no_secrets(monkeypatch, image):
-    monkeypatch.setenv("API_KEY", "secret-4711")
-    with CodeTool(workers=1) as tool:
-        text = tool.run("import os; raise ValueError(sorted(os.environ))", image).text
-        assert "HOME" in text and "API_KEY" not in text
-        if sys.platform == "linux":
-            assert "secret-4711" not in tool.run("raise ValueError(open('/proc/self/environ').read())", image).text
-
-
-@on_linux
-@pytest.mark.skipif(subprocess.run(["unshare", "-Un", "true"], capture_output=True).returncode != 0
-                    if sys.platform == "linux" else True, reason="this kernel allows no user namespaces")
-def test_no_network(tool, image):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        text = tool.run(f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)", image).text
-    assert "Network is unreachable" in text
+def test_time_limit(tool, image, monkeypatch):
+    monkeypatch.setattr(tool, "timeout", 0.5)
+    result = tool.run("while True: pass", image)
+    assert (result.error, result.text) == ("timeout", "Error: the code ran longer than 0.5 s")
+    assert 0.5 <= result.seconds
 
 
 @pytest.mark.parametrize("code, reason", [
@@ -255,12 +191,9 @@ def test_no_network(tool, image):
     ("from PIL import Image; Image.new('RGB', (27, 90)).save(OUT)", "has 27x90 pixels"),
     ("from PIL import Image; Image.new('RGB', (28, 5601)).save(OUT)", "has 28x5601 pixels"),
     ("from PIL import Image; Image.new('1', (4097, 4096)).save(OUT, 'PNG')", "4097x4096 pixels, more than 16777216"),
-    ("import os; os.symlink('path_to_input_image.jpg', OUT)", "not a regular file"),
-    ("import os; os.symlink('nowhere', OUT)", "not a regular file"),
-    ("import os; os.mkfifo(OUT)", "not a regular file"),
-    ("import os; os.mkdir(OUT)", "not a regular file"),
     ("open(OUT, 'w').write('no image')", "cannot identify image file"),
-    ("open(OUT, 'wb')", "cannot identify image file"),
+    ("from PIL import Image; result = Image.new('RGB', (27, 90))", "has 27x90 pixels"),
+    ("from PIL import Image; result = Image.new('1', (4097, 4096))", "4097x4096 pixels, more than 16777216"),
     ("open(OUT, 'wb').write(open('path_to_input_image.jpg', 'rb').read()[:200])", "truncated"),
 ])
 def test_bad_outputs(tool, image, code, reason):
@@ -284,92 +217,30 @@ def test_a_shape_at_the_limits_is_accepted(tool, image):
     assert result.image.size == (28, 5600)
 
 
-# The child's line to the server is the only socket above its three standard files.
-FORGE = """
-import os, stat, struct
-line = next(fd for fd in map(int, os.listdir('/dev/fd')) if fd > 2 and stat.S_ISSOCK(os.fstat(fd).st_mode))
-os.write(line, {frame})
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize("frame, error", [
-    ("b'short'", "crash"),
-    ("struct.pack('!IIII', 0, 4_000_000_000, 0, 0)", "crash"),
-    ("struct.pack('!IIII', 0, 0, 4_000_000_000, 4_000_000_000)", "crash"),
-    ("struct.pack('!IIII', 77, 0, 0, 0)", "crash"),
-    ("struct.pack('!IIII', 0, 0, 0, 0)", "bad_image"),
-    ("struct.pack('!IIII', 0, 0, 1, 1) + b'rgb'", "bad_image"),
-    ("struct.pack('!IIII', 0, 0, 40, 30) + b'too little'", "crash"),
-    ("struct.pack('!IIII', 2, 9_000, 0, 0) + bytes(9_000)", "exception"),
-    ("struct.pack('!IIII', 2, 2 << 20, 0, 0) + bytes(2 << 20)", "crash"),
-])
-def test_forged_reply(tool, image, frame, error):
-    result = tool.run(FORGE.replace("{frame}", frame), image)
-    assert (result.ok, result.image, result.error) == (False, None, error)
-    assert len(result.text) <= 2_000
-    assert tool.run(COPY, image).ok
-
-
-def test_killed_server(image):
-    with CodeTool(workers=1) as tool:
-        result = tool.run("import os, time; os.kill(os.getppid(), 9); time.sleep(30)", image)
-        assert (result.error, result.text) == ("crash", "Error: the code killed its server")
-        assert tool.run(COPY, image).ok
-
-
-@on_linux
-def test_trainer_killed(tmp_path):
-    pid_file, known = tmp_path / "pid", servers_beyond(set())
-    code = DAEMON.format(pid_file=str(pid_file)) + "time.sleep(30)"
-    trainer = subprocess.Popen([sys.executable, "-c", "from PIL import Image; from tools import CodeTool\n"
-                                f"CodeTool(1, 1.0).run({code!r}, Image.new('RGB', (30, 30)))"], cwd=ROOT)
-    assert wait_for(lambda: pid_file.exists() and pid_file.read_text(), 10)
-    daemon = int(pid_file.read_text())
-    trainer.kill()
-    trainer.wait()
-    assert wait_for(lambda: not is_alive(daemon), 5)
-    assert wait_for(lambda: not servers_beyond(known), 5)
-
-
-def servers_beyond(known):
-    """The code servers whose parent died or is this process."""
-    found = set()
-    for status in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            parent = int(re.search(r"PPid:\s(\d+)", (status.parent / "status").read_text())[1])
-            if b"tools.py\0--serve" in status.read_bytes() and parent in (1, os.getpid()):
-                found.add(int(status.parent.name))
-        except OSError:
-            pass
-    return found - known
-
-
 def test_results_stand_in_the_order_of_the_calls(image):
     codes = [f"from PIL import Image; import time; time.sleep({0.3 if side == 30 else 0})\n"
              f"Image.new('RGB', ({side}, {side})).save({OUTPUT!r})" for side in (30, 31, 32, 33, 34)]
-    with CodeTool(workers=2) as tool:
+    with CodeTool(workers=2, unlocked=UNLOCKED) as tool:
         results = tool.run_many([(code, image) for code in codes])
         assert [result.image.width for result in results] == [30, 31, 32, 33, 34]
         assert tool.run_many([]) == []
 
 
 def test_calls_run_side_by_side(image):
-    with CodeTool(workers=4) as tool:
+    with CodeTool(workers=4, unlocked=UNLOCKED) as tool:
         started = time.monotonic()
         results = tool.run_many([(COPY + "import time; time.sleep(0.5)", image)] * 4)
         assert all(result.ok for result in results) and time.monotonic() - started < 1.5
 
 
-@on_linux
 def test_close_leaves_nothing_behind(image):
-    known = servers_beyond(set())
-    tool = CodeTool(workers=2)
-    folder = Path(tool._folder.name)
-    assert tool.run(COPY, image).ok and len(servers_beyond(known)) == 2
-    assert list(folder.iterdir()) == []  # the folder of a call goes with it
+    tool = CodeTool(workers=2, unlocked=UNLOCKED)
+    servers = list(tool._idle)
+    assert tool.run(COPY, image).ok
+    assert [os.listdir(folder) for _, _, folder in servers] == [[], []]  # the folder of a call goes with it
     tool.close()
-    assert servers_beyond(known) == set() and not folder.exists()
+    assert [process.poll() for process, _, _ in servers] == [0, 0]
+    assert not any(os.path.exists(folder) for _, _, folder in servers)
     tool.close()
     with pytest.raises(RuntimeError):
         tool.run(COPY, image)
@@ -381,86 +252,16 @@ def test_a_server_that_cannot_start_is_no_fault_of_the_model(monkeypatch):
         CodeTool(workers=1)
 
 
-@on_linux
 def test_a_server_that_fails_by_itself_is_no_fault_of_the_model(image):
-    with CodeTool(workers=1) as tool:
-        os.rmdir(tool._folder.name)
+    with CodeTool(workers=1, unlocked=UNLOCKED) as tool:
+        os.rmdir(tool._idle[0][2])
         with pytest.raises(RuntimeError, match="failed by itself"):
             tool.run(COPY, image)
 
 
-# ---- search
-ROWS = [{"id": 0, "title": "Denmark", "contents": "The capital of Denmark is Copenhagen.\nIt lies on an island."},
-        {"id": 1, "title": "Norway", "text": "The capital of Norway is Oslo."},
-        {"id": 2, "title": "Sweden", "text": "Stockholm is large."},
-        {"id": 3, "text": "A capital letter begins a sentence."}]
-
-
-def corpus(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"sqlite:{path}"
-
-
-@pytest.fixture
-def search(tmp_path):
-    return SearchTool(corpus(tmp_path / "corpus.jsonl", ROWS), topk=2)
-
-
-def test_the_best_passages_come_first(search):
-    (result,) = search.search_many(["What is the capital of Norway?"])
-    assert (result.ok, result.error, result.image) == (True, None, None)
-    assert result.text == ("1. Content: The capital of Norway is Oslo. "
-                           "2. Content: The capital of Denmark is Copenhagen. It lies on an island.")
-
-
-def test_a_title_is_searched_too(search):
-    assert search.search_many(["SWEDEN"])[0].text == "1. Content: Stockholm is large."
-
-
-def test_topk_limits_the_passages(tmp_path):
-    address = corpus(tmp_path / "corpus.jsonl", ROWS)
-    counts = [SearchTool(address, topk).search_many(["capital"])[0].text.count("Content:") for topk in (1, 2, 3, 9)]
-    assert counts == [1, 2, 3, 3]
-
-
-@pytest.mark.parametrize("query", ['" OR NEAR( *', "title:oslo) AND", "-oslo^2 {x}", "'; DROP TABLE docs; --", "NOT",
-                                   "\0\ud800 ü _", "a " * 50_000, " ".join(map(str, range(100_000)))])
-def test_no_query_is_syntax(search, query):
-    result = search.search_many([query])[0]
-    assert result.error in (None, "no_results") and result.seconds < 1.0
-    assert search.search_many(["oslo"])[0].ok
-
-
-def test_failures_are_results(search):
-    nothing, empty, dots = search.search_many(["zebra", " \n", "?!"])
-    assert (nothing.ok, nothing.error, nothing.text) == (False, "no_results", "No results.")
-    assert (empty.ok, empty.error) == (False, "empty_query")
-    assert (dots.ok, dots.error) == (False, "no_results")
-
-
-@pytest.mark.parametrize("row, reason", [('{"id": 1,', "Expecting property name"), ("[1]", "no JSON object"),
-                                         ('{"id": 1}', "contents"), ('{"text": 7}', "contents"),
-                                         ("", "Expecting value"), ('{"text": "a", "title": 1}', "title")])
-def test_a_bad_row_is_named(tmp_path, row, reason):
-    path = tmp_path / "corpus.jsonl"
-    path.write_text('{"id": 0, "text": "fine"}\n' + row + "\n")
-    with pytest.raises(ValueError, match=rf"corpus\.jsonl, row 2: .*{reason}"):
-        SearchTool(f"sqlite:{path}")
-
-
-def test_a_ready_database_is_read_only(tmp_path):
-    import sqlite3
-    path = tmp_path / "a b.db"
-    with sqlite3.connect(path) as database:
-        database.execute("CREATE VIRTUAL TABLE docs USING fts5(title, text)")
-        database.execute("INSERT INTO docs VALUES ('Norway', 'Oslo is its capital.')")
-    database.close()
-    os.chmod(path, 0o444)
-    assert SearchTool(f"sqlite:{path}").search_many(["norway"])[0].text == "1. Content: Oslo is its capital."
-
-
-@pytest.mark.parametrize("backend, reason", [("bing:key", "known schemes: sqlite"), ("sqlite:none.db", "existing"),
-                                             ("sqlite:table.csv", "existing")])
+# ---- search: the local index in tests/test_build_index.py, the network in tests/test_search.py
+@pytest.mark.parametrize("backend, reason", [("bing:key", "known schemes: sqlite"),
+                                             ("sqlite:none.db", "none.db .*build_index")])
 def test_an_unknown_backend_is_refused(backend, reason):
     with pytest.raises(ValueError, match=reason):
         SearchTool(backend)

@@ -1,0 +1,101 @@
+"""Index a corpus for the search tool.
+
+    python data/build_index.py CORPUS.jsonl -o INDEX.sqlite        then: train.py --corpus sqlite:INDEX.sqlite
+
+CORPUS has a row {"id", "contents"} a line, as the corpora of FlashRAG and Search-R1: the first line of `contents` is its title,
+unless the row has a "title" of its own, which is searched but not shown. INDEX is one SQLite file for open_sqlite in tools.py:
+the passages, compressed; FTS5's index of their words, without a copy of the text; how many passages have each common word. It
+is written beside and renamed: what has its final name is whole. Left out: stemming and stop words.
+"""
+import argparse
+import json
+import os
+import sqlite3
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import segment, with_title  # noqa: E402
+
+COMMON = 1_000  # words in more passages than this are counted
+
+
+def read_corpus(path: str | Path, bar: tqdm | None = None) -> Iterator[tuple[str, str]]:
+    """(text as shown, text as indexed) of every row; `bar` is told the bytes read. ValueError "path, row N: reason"."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("no JSON object")
+                title, text = row.get("title"), row.get("contents", row.get("text"))
+                if not isinstance(title, str | None) or not isinstance(text, str) or not text.strip():
+                    raise ValueError('needs a text under "contents" or "text"; "title" is a text too, if given')
+                f"{title}{text}".encode()  # half a surrogate pair, which no database takes, is a UnicodeEncodeError here
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: {error}") from error
+            shown = text if title is not None else with_title(text.strip())
+            yield shown, shown if title is None else f"{title} {text}"
+            if bar is not None:
+                bar.update(len(line))
+
+
+def index_corpus(path: str | Path, rows: Iterable[tuple[str, str]]) -> int:
+    """Write the rows, (text as shown, text as indexed) each, to an index at `path`; returns their number.
+
+    A file that is there is replaced in one step at the end, and left alone if anything fails.
+    """
+    path, number = Path(path), 0
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    database = sqlite3.connect(temporary, isolation_level=None)
+    database.executescript("""
+        PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+        CREATE TABLE passages(id INTEGER PRIMARY KEY, text BLOB);  -- compressed by zlib
+        CREATE VIRTUAL TABLE words USING fts5(segmented, content='');
+        CREATE TABLE common(word TEXT PRIMARY KEY, passages INTEGER);
+        INSERT INTO words(words, rank) VALUES ('hashsize', 67108864);  -- bytes of memory, for speed
+        BEGIN;""")
+    for number, (shown, indexed) in enumerate(rows, start=1):
+        database.execute("INSERT INTO passages VALUES (?, ?)", (number, zlib.compress(shown.encode())))
+        database.execute("INSERT INTO words(rowid, segmented) VALUES (?, ?)", (number, segment(indexed)))
+    database.execute("COMMIT")
+    database.executescript(f"""
+        INSERT INTO words(words) VALUES ('optimize');
+        CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab(main, words, row);
+        INSERT INTO common SELECT term, doc FROM vocabulary WHERE doc > {COMMON};
+        VACUUM;""")
+    database.close()
+    os.replace(temporary, path)
+    return number
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path, help=".jsonl")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the index to write")
+    parser.add_argument("--force", action="store_true", help="replace an index that is there")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        if args.out.exists() and not args.force:
+            raise ValueError(f"{args.out} is there already; give --force to replace it, or another -o")
+        with tqdm(total=args.corpus.stat().st_size, unit="B", unit_scale=True, desc="index") as bar:
+            number = index_corpus(args.out, read_corpus(args.corpus, bar))
+    except (OSError, ValueError, sqlite3.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds, size = time.perf_counter() - start, args.out.stat().st_size
+    print(f"{args.out}: {number} passages in {seconds:.1f} s ({number / seconds:.0f}/s), {size / 2**20:.1f} MiB, "
+          f"{size / args.corpus.stat().st_size:.2f} of the corpus")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The local search index: what is found, in which order, at which cost; and that building one loses nothing.
+
+    python -m pytest tests/test_build_index.py
+"""
+import json
+import math
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import build_index
+from tools import SearchTool
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [{"id": 0, "title": "Denmark", "contents": "The capital of Denmark is Copenhagen.\nIt lies on an island."},
+        {"id": 1, "title": "Norway", "text": "The capital of Norway is Oslo."},
+        {"id": 2, "title": "Sweden", "text": "Stockholm is large."},
+        {"id": 3, "text": "A capital letter begins a sentence."}]
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def indexed(folder, rows):
+    """The address of an index of the rows."""
+    build_index.index_corpus(folder / "index.sqlite", build_index.read_corpus(write(folder / "corpus.jsonl", rows)))
+    return f"sqlite:{folder / 'index.sqlite'}"
+
+
+def run(*args, **options):
+    command = [sys.executable, ROOT / "data" / "build_index.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def ask(address, query, topk=3):
+    return SearchTool(address, topk).search_many([query])[0]
+
+
+@pytest.fixture
+def address(tmp_path):
+    return indexed(tmp_path, ROWS)
+
+
+# ---- what is found
+def test_the_best_passages_come_first(address):
+    result = ask(address, "What is the capital of Norway?", topk=2)
+    assert (result.ok, result.error, result.image) == (True, None, None)
+    assert result.text == ("1. Content: The capital of Norway is Oslo. "
+                           "2. Content: The capital of Denmark is Copenhagen. It lies on an island.")
+
+
+def test_a_title_of_its_own_is_searched_and_not_shown(address):
+    assert ask(address, "SWEDEN").text == "1. Content: Stockholm is large."
+
+
+@pytest.mark.parametrize("title", ['"Oslo"', "Oslo"])
+def test_a_first_line_is_the_title_and_shown(title, tmp_path):
+    address = indexed(tmp_path, [{"id": 7, "contents": f"{title}\nIt is the capital."}])
+    assert ask(address, "oslo").text == ask(address, "capital").text == "1. Content: Oslo: It is the capital."
+
+
+def test_topk_limits_the_passages(address):
+    assert [ask(address, "capital", topk).text.count("Content:") for topk in (1, 2, 3, 9)] == [1, 2, 3, 3]
+
+
+def test_the_order_is_that_of_bm25(tmp_path):
+    """Against the formula (k1 1.2, b 0.75, FTS5's idf), on random passages: the same scores, so the same passages."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcdefghij", weights=range(1, 11), k=rng.randint(3, 12))) for _ in range(60)]
+    address = indexed(tmp_path, [{"id": i, "text": text} for i, text in enumerate(texts)])
+    mean = sum(len(text.split()) for text in texts) / len(texts)
+
+    def bm25(query, text):
+        words, total = text.split(), 0.0
+        for word in set(query.split()):
+            n = sum(word in other.split() for other in texts)
+            idf = max(math.log((len(texts) - n + 0.5) / (n + 0.5)), 1e-6)
+            f = words.count(word)
+            total += idf * f * 2.2 / (f + 1.2 * (0.25 + 0.75 * len(words) / mean))
+        return total
+
+    for query in ("a b", "a c e", "b", "d a a"):
+        got = re.split(r" ?\d+\. Content: ", ask(address, query, topk=5).text)[1:]
+        best = sorted((bm25(query, text) for text in texts), reverse=True)[:5]
+        assert [bm25(query, text) for text in got] == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("query, found", [("中国的首都", "中国的首都是北京。"), ("首都", "中国的首都是北京。"), ("大阪", "大阪は日本の都市です。"),
+                                          ("水", "水"), ("서울", "서울은 한국의 수도이다."), ("CAFE", "Café Zürich"),
+                                          ("zurich", "Café Zürich"), ("ＡＢＣ１２", "abc12")])
+def test_any_script_is_found(query, found, tmp_path):
+    texts = ["中国的首都是北京。", "大阪は日本の都市です。", "水", "서울은 한국의 수도이다.", "Café Zürich", "abc12", "nothing here"]
+    address = indexed(tmp_path, [{"id": i, "text": text} for i, text in enumerate(texts)])
+    assert ask(address, query, topk=1).text == f"1. Content: {found}"
+
+
+@pytest.mark.parametrize("query", ['" OR NEAR( *', "title:oslo) AND", "-oslo^2 {x}", "'; DROP TABLE passages; --", "NOT",
+                                   "and or not near", "\0\ud800 ü _", "a " * 50_000, " ".join(map(str, range(100_000))), "中" * 10_000, "words:*"])
+def test_no_query_is_syntax(query, address):
+    result = ask(address, query)
+    assert result.error in (None, "no_results") and result.seconds < 1.0
+    assert ask(address, "oslo").ok
+
+
+def test_failures_are_results(address):
+    nothing, empty, dots = SearchTool(address).search_many(["zebra", " \n", "?!"])
+    assert (nothing.ok, nothing.error, nothing.text) == (False, "no_results", "No results.")
+    assert (empty.ok, empty.error) == (False, "empty_query")
+    assert (dots.ok, dots.error) == (False, "no_results")
+
+
+def test_common_words_score_but_do_not_choose(tmp_path):
+    """In a corpus where "city" is common, the rare word picks the candidates and the common one still ranks them."""
+    texts = [f"city number{i}" for i in range(9_000)] + ["river stone", "river city", "river sand"] + ["hill"] * 11_000
+    address = indexed(tmp_path, [{"id": i, "text": text} for i, text in enumerate(texts)])
+    with sqlite3.connect(tmp_path / "index.sqlite") as database:
+        assert dict(database.execute("SELECT * FROM common")) == {"city": 9_001, "hill": 11_000}
+    assert ask(address, "city river", topk=3).text.startswith("1. Content: river city 2. Content: river ")
+    assert ask(address, "city", topk=1).ok  # common words alone still find
+
+
+# ---- building
+def test_the_command_builds_what_the_tool_opens(tmp_path):
+    done = run(write(tmp_path / "corpus.jsonl", ROWS), "-o", tmp_path / "a b.sqlite")
+    assert done.returncode == 0 and "4 passages" in done.stdout
+    os.chmod(tmp_path / "a b.sqlite", 0o444)
+    assert ask(f"sqlite:{tmp_path / 'a b.sqlite'}", "oslo").text == "1. Content: The capital of Norway is Oslo."
+
+
+@pytest.mark.parametrize("row, reason", [('{"id": 1,', "Expecting property name"), ("[1]", "no JSON object"),
+                                         ('{"id": 1}', "contents"), ('{"text": 7}', "contents"), ('{"text": " "}', "contents"),
+                                         ("", "Expecting value"), ('{"text": "a", "title": 1}', "title"),
+                                         (r'{"text": "\ud800"}', "surrogates")])
+def test_a_bad_row_is_named_and_no_index_is_left(row, reason, tmp_path):
+    done = run(write(tmp_path / "corpus.jsonl", [ROWS[0], row]), "-o", tmp_path / "index.sqlite")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(rf"error: .*corpus\.jsonl, row 2: .*{reason}", done.stderr)
+    assert not (tmp_path / "index.sqlite").exists()
+
+
+def test_an_index_is_replaced_only_on_demand(tmp_path):
+    corpus, index = write(tmp_path / "corpus.jsonl", ROWS), tmp_path / "index.sqlite"
+    index.write_text("mine")
+    done = run(corpus, "-o", index)
+    assert done.returncode == 2 and "--force" in done.stderr and index.read_text() == "mine"
+    assert run(corpus, "-o", index, "--force").returncode == 0 and ask(f"sqlite:{index}", "oslo").ok
+
+
+def test_a_killed_build_leaves_no_index_and_the_next_one_works(tmp_path):
+    corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index.sqlite"
+    write(corpus, [{"id": i, "contents": f"word{i} " * 50} for i in range(60_000)])
+    command = [sys.executable, ROOT / "data" / "build_index.py", corpus, "-o", index]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not list(tmp_path.glob("index.sqlite.tmp")) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not index.exists()
+    assert run(write(corpus, ROWS), "-o", index).returncode == 0
+    assert ask(f"sqlite:{index}", "oslo").ok and sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "index.sqlite"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no database", "other tables"])
+def test_what_is_no_index_is_refused_with_the_way_out(content, tmp_path):
+    path = tmp_path / "index.sqlite"
+    if content == "other tables":
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE passages(id INTEGER)")
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.sqlite .*build_index\.py"):
+        SearchTool(f"sqlite:{path}")
+
+
+def test_the_text_counts_once(tmp_path):
+    """An index of English-like text is smaller than one and a half times the text (measured at scale by bench_search.py)."""
+    rng = random.Random(0)
+    words = [f"{a}{b}{c}" for a in "bdfgklmn" for b in ("an", "or", "ist", "el") for c in ("", "ing", "ers", "ation")]
+    rows = [{"id": i, "text": " ".join(rng.choices(words, k=100))} for i in range(3_000)]
+    indexed(tmp_path, rows)
+    assert (tmp_path / "index.sqlite").stat().st_size < 1.5 * sum(len(row["text"]) for row in rows)
+    assert Counter(path.suffix for path in tmp_path.iterdir()) == {".jsonl": 1, ".sqlite": 1}
