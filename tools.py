@@ -24,9 +24,10 @@ Covered, each line with its test:
 - the kernel: bpf, perf, keys, mounts, namespaces, 32-bit calls                                test_kernel
 - forged, malformed, endless replies; a server or a trainer killed in a call                   test_replies, test_killed
 - the state of one call, which cannot reach the next                                           test_state
-Not covered: names, sizes and dates of files (stat works); what libraries hold; time spent by other calls on the same cores;
-bugs of the kernel. Without Landlock (old kernels, gVisor) the code may open no file at all: it finds its picture as `image`
-and leaves a Pillow image as `result`. Without seccomp, or on no Linux, CodeTool refuses to start unless `unlocked=True`.
+Not covered: names, sizes and dates of files (stat works); what libraries hold; pixels that earlier calls left in the memory of
+their server; time on the same cores; bugs of the kernel. Without Landlock (old kernels, gVisor) the code may open no file at
+all: it finds its picture as `image` and leaves a Pillow image as `result`. Without seccomp, or on no Linux, CodeTool refuses to
+start unless `unlocked=True`.
 """
 import ctypes
 import ipaddress
@@ -129,7 +130,8 @@ def _send(sock: socket.socket, frame: Frame) -> None:
 def _receive(sock: socket.socket, deadline: float = float("inf")) -> Frame:
     """ValueError if too large, EOFError if nobody is there, TimeoutError past the deadline (seconds of `monotonic`)."""
     number, text_bytes, width, height = HEADER.unpack(_read(sock, HEADER.size, deadline))
-    if text_bytes > 1 << 20 or width * height > MAX_PIXELS:
+    is_reply = deadline < float("inf")  # a request waits for ever, and is ours
+    if is_reply and (text_bytes > 1 << 20 or width * height > MAX_PIXELS):
         raise ValueError(f"a frame of {text_bytes} bytes of text and {width}x{height} pixels")
     text = _read(sock, text_bytes, deadline).decode("utf-8", "replace")
     return number, text, (width, height), _read(sock, width * height * 3, deadline)
@@ -210,7 +212,8 @@ def _landlock(version: int) -> None:
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # refuse all file rights that this kernel knows
     attributes = struct.pack("=QQQ", every, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]  # and TCP, signals
     ruleset = _libc("syscall", 444, attributes, len(attributes), 0)
-    libraries = [os.path.join(prefix, lib) for prefix in {sys.prefix, sys.base_prefix, "/usr", "/"} for lib in ("lib", "lib64")]
+    prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
+    libraries = [os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")]
     paths = {path: read for path in (*libraries, "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom")}
     for path, rights in {**paths, os.getcwd(): read, os.devnull: read | write, OUTPUT: read | write | truncate}.items():
         if os.path.exists(path):
@@ -260,7 +263,7 @@ def _confine(folder: str, timeout: float, line: int, lock: tuple[bytes, int] | N
     os.setsid()
     os.chdir(folder)
     limits = {resource.RLIMIT_CPU: int(timeout) + 2, resource.RLIMIT_FSIZE: 64 << 20, resource.RLIMIT_NOFILE: 64,
-              resource.RLIMIT_CORE: 0}
+              resource.RLIMIT_CORE: 1}  # bytes: at 0 the kernel would still feed a core to a crash reporter
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             limits[resource.RLIMIT_AS] = int(file.read().split()[0]) * resource.getpagesize() + (2 << 30)
@@ -328,6 +331,8 @@ def _png(size: tuple[int, int], rgb: bytearray) -> list[bytes]:
     return parts
 
 
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # and nothing of ours
+                      "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a fresh child touches many pages: large ones save a fifth
 SELF_TEST = "result = image"
 LOCK_TEST = """
 import os, socket
@@ -364,6 +369,7 @@ def _serve(unlocked: bool) -> None:
         with suppress(EOFError, ConnectionError):
             while True:
                 _send(sock, reply)
+                reply = None  # the code of the next call could find it in this frame
                 reply = _serve_call(_receive(sock), lock)
     finally:
         shutil.rmtree(os.getcwd(), ignore_errors=True)  # the trainer may have been killed
@@ -440,7 +446,7 @@ class CodeTool:
                 server = self._start()
                 reply = self._ask(*server, *call)
         finally:
-            self._idle.append(server)  # a broken one too: the next call replaces it
+            self._idle.append(server)  # a broken one too, for close()
         number, text, (width, height), rgb = reply or _frame(KINDS.index("crash"), "Error: the server of the code was killed")
         kind, image = KINDS[number] if number < len(KINDS) else "crash", None
         if kind == "ok" and (min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height)):
@@ -469,7 +475,7 @@ class CodeTool:
         with theirs:
             command = [sys.executable, "-I", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
             process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True,
-                                       env={f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")})
+                                       env=SERVER_ENVIRONMENT)
         with suppress(EOFError, OSError):
             number, warning, *_ = _receive(ours, time.monotonic() + 4 * GRACE)
             if number == KINDS.index("ok"):

@@ -63,14 +63,13 @@ def index_corpus(path: str | Path, rows: Iterable[tuple[str, str]]) -> int:
         INSERT INTO words(words, rank) VALUES ('hashsize', 67108864);  -- bytes of memory, for speed
         BEGIN;""")
     for number, (shown, indexed) in enumerate(rows, start=1):
-        database.execute("INSERT INTO passages VALUES (?, ?)", (number, zlib.compress(shown.encode())))
+        database.execute("INSERT INTO passages VALUES (?, ?)", (number, zlib.compress(shown.encode(), 1)))
         database.execute("INSERT INTO words(rowid, segmented) VALUES (?, ?)", (number, segment(indexed)))
     database.execute("COMMIT")
     database.executescript(f"""
         INSERT INTO words(words) VALUES ('optimize');
         CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab(main, words, row);
-        INSERT INTO common SELECT term, doc FROM vocabulary WHERE doc > {COMMON};
-        VACUUM;""")
+        INSERT INTO common SELECT term, doc FROM vocabulary WHERE doc > {COMMON};""")
     database.close()
     os.replace(temporary, path)
     return number

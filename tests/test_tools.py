@@ -64,10 +64,10 @@ def test_a_turn_has_one_action(text, kind, content):
 
 @pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<code>```", "</think>", "<code> ", "<", "```python\n "])
 def test_parsing_is_linear_on_hostile_text(piece):
-    started = time.monotonic()
+    started = time.process_time()
     parse_action(piece * (1_000_000 // len(piece)))
     parse_action("<code>" + piece.replace("<", "") * (1_000_000 // len(piece)) + "</code>")
-    assert time.monotonic() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the released transcripts are not beside this checkout")
@@ -230,7 +230,7 @@ def test_calls_run_side_by_side(image):
     with CodeTool(workers=4, unlocked=UNLOCKED) as tool:
         started = time.monotonic()
         results = tool.run_many([(COPY + "import time; time.sleep(0.5)", image)] * 4)
-        assert all(result.ok for result in results) and time.monotonic() - started < 1.5
+        assert all(result.ok for result in results) and time.monotonic() - started < 1.9  # 2 s one after another
 
 
 def test_close_leaves_nothing_behind(image):
