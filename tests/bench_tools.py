@@ -1,4 +1,4 @@
-"""What the tools cost: python tests/bench_tools.py [--calls 10000] [--passages 1000000]
+"""What the tools cost: python tests/bench_tools.py --calls 10000 --passages 1000000
 
 Prints one table: warm and cold code calls, what the lock itself takes, growth over many calls, and the local search index.
 Medians; a locked and an unlocked call alternate, so that their difference is that of one moment.
@@ -10,15 +10,17 @@ import random
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "data")]
 
-from tools import CodeTool  # noqa: E402
+from build_index import index_corpus, read_corpus  # noqa: E402
+from tools import CodeTool, open_sqlite  # noqa: E402
 
 TRIVIAL = "result = image"
 CROP = """
@@ -93,15 +95,51 @@ def growth(calls):
         return before, footprint(tool)
 
 
+def made_up_corpus(path, passages):
+    """Passages of 100 words, as frequent as in English by rank (Zipf), out of 500,000; returns some of them."""
+    rng, syllables = random.Random(0), [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    lengths = [2 if n < 4_900 else 3 if n < 343_000 else 4 for n in range(500_000)]
+    words = ["".join(syllables[n // 70 ** k % 70] for k in range(length)) for n, length in enumerate(lengths)]
+    cumulative = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
+    some = []
+    with open(path, "w") as file:
+        for i in tqdm(range(passages), desc="corpus", unit="passage"):
+            text = " ".join(rng.choices(words, cum_weights=cumulative, k=100))
+            print(json.dumps({"id": i, "contents": f"{words[-1 - i % 99_999]}\n{text}"}), file=file)
+            some += [text] * (i % max(passages // 200, 1) == 0)
+    return some
+
+
+def local_search(passages):
+    """Yields (what, value) of an index of made-up passages and of queries of 8 words of one of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, index, rng = Path(folder, "corpus.jsonl"), Path(folder, "index.sqlite"), random.Random(1)
+        some = made_up_corpus(corpus, passages)
+        start = time.perf_counter()
+        index_corpus(index, read_corpus(corpus))
+        yield "passages indexed a second", passages / (time.perf_counter() - start)
+        yield "index / corpus (a ratio)", index.stat().st_size / corpus.stat().st_size
+        search, times = open_sqlite(f"sqlite:{index}"), []
+        for text in some:
+            start = time.perf_counter()
+            assert search(" ".join(rng.sample(text.split(), 8)), 3)
+            times.append(1000 * (time.perf_counter() - start))
+        yield f"query of 8 words among {passages}, median in ms", median(times)
+        yield f"query of 8 words among {passages}, 95th percentile", quantiles(times, n=20)[-1]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--passages", type=int, default=100_000)
     args = parser.parse_args()
     for what, value in code_calls():
         print(f"{what:<45}{value:>10.1f}" + ("" if "ratio" in what else " ms"), flush=True)
     before, after = growth(args.calls)
     for what in before:
         print(f"{what + f' before and after {args.calls} calls':<45}{before[what]:>10.1f}{after[what]:>10.1f}", flush=True)
+    for what, value in local_search(args.passages):
+        print(f"{what:<45}{value:>10.2f}", flush=True)
 
 
 if __name__ == "__main__":
