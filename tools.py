@@ -557,9 +557,10 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
         rare = words[:max(1, bisect_right(list(accumulate(map(counts.get, words))), budget))]
         other = [word for word in words[len(rare):] if 2 * counts[word] <= size]
         match = f"({' OR '.join(rare)}) AND ({' OR '.join(rare + 2 * other)})" if other else " OR ".join(rare)
-        order = ("SELECT id FROM (SELECT rowid AS id, bm25(words) AS score FROM words WHERE words MATCH ? LIMIT 100000) "
-                 "ORDER BY score, id LIMIT ?")  # the inner limit: "the" alone must not rank all of a large corpus
-        best = database.execute(order, (match, topk)).fetchall()
+        limit = 10 * budget if counts[rare[0]] > budget else -1  # only common words: many of their passages must do
+        order = ("SELECT id FROM (SELECT rowid AS id, bm25(words) AS score FROM words WHERE words MATCH ? LIMIT ?) "
+                 "ORDER BY score, id LIMIT ?")
+        best = database.execute(order, (match, limit, topk)).fetchall()
         texts = [database.execute("SELECT text FROM passages WHERE id = ?", row).fetchone()[0] for row in best]
         return [(zlib.decompress(text).decode(), "") for text in texts]
     return search
@@ -646,12 +647,14 @@ class SearchTool:
     def _look_up(self, query: str, give_up: float) -> list[str]:
         """From the cache, or asked and put there."""
         key = json.dumps([*self._key, query.lower()])
-        with suppress(sqlite3.Error):  # a cache that is locked for long, or full, costs a request and not the run
-            for (known,) in self._cache.execute("SELECT passages FROM answers WHERE key = ?", (key,)) if self._cache else ():
+        with suppress(sqlite3.Error), self._lock:  # a cache that is locked for long, or full, costs a request and not the run
+            # fetchall, or the open query would hold off the writers of other ranks.
+            sql = "SELECT passages FROM answers WHERE key = ?"
+            for (known,) in self._cache.execute(sql, (key,)).fetchall() if self._cache else ():
                 return json.loads(known)
         found = self._ask_patiently(query, give_up)
         passages = self._read_pages(query, found) if self._pages else [text for text, _ in found]
-        with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error), self._lock:
             if self._cache:
                 self._cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(passages)))
         return passages

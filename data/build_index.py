@@ -46,6 +46,12 @@ def read_corpus(path: str | Path, bar: tqdm | None = None) -> Iterator[tuple[str
                 bar.update(len(line))
 
 
+def _compress(text: str) -> bytes:
+    """What zlib.decompress reads. zlib's own settings are for longer data and take twice the time for a passage."""
+    packer = zlib.compressobj(wbits=9, memLevel=4, strategy=zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(text.encode()) + packer.flush()
+
+
 def index_corpus(path: str | Path, rows: Iterable[tuple[str, str]]) -> int:
     """Write the rows, (text as shown, text as indexed) each, to an index at `path`; returns their number.
 
@@ -54,24 +60,29 @@ def index_corpus(path: str | Path, rows: Iterable[tuple[str, str]]) -> int:
     path, number = Path(path), 0
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    database = sqlite3.connect(temporary, isolation_level=None)
-    database.executescript("""
-        PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-        CREATE TABLE passages(id INTEGER PRIMARY KEY, text BLOB);  -- compressed by zlib
-        CREATE VIRTUAL TABLE words USING fts5(segmented, content='');
-        CREATE TABLE common(word TEXT PRIMARY KEY, passages INTEGER);
-        INSERT INTO words(words, rank) VALUES ('hashsize', 67108864);  -- bytes of memory, for speed
-        BEGIN;""")
-    for number, (shown, indexed) in enumerate(rows, start=1):
-        database.execute("INSERT INTO passages VALUES (?, ?)", (number, zlib.compress(shown.encode(), 1)))
-        database.execute("INSERT INTO words(rowid, segmented) VALUES (?, ?)", (number, segment(indexed)))
-    database.execute("COMMIT")
-    database.executescript(f"""
-        INSERT INTO words(words) VALUES ('optimize');
-        CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab(main, words, row);
-        INSERT INTO common SELECT term, doc FROM vocabulary WHERE doc > {COMMON};""")
-    database.close()
-    os.replace(temporary, path)
+    try:
+        database = sqlite3.connect(temporary, isolation_level=None)
+        database.executescript("""
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+            CREATE TABLE passages(id INTEGER PRIMARY KEY, text BLOB);  -- compressed by zlib
+            CREATE VIRTUAL TABLE words USING fts5(segmented, content='');
+            CREATE TABLE common(word TEXT PRIMARY KEY, passages INTEGER);
+            INSERT INTO words(words, rank) VALUES ('hashsize', 67108864), ('automerge', 0);  -- bytes; merged once, at the end
+            BEGIN;""")
+        for number, (shown, indexed) in enumerate(rows, start=1):
+            database.execute("INSERT INTO passages VALUES (?, ?)", (number, _compress(shown)))
+            database.execute("INSERT INTO words(rowid, segmented) VALUES (?, ?)", (number, segment(indexed)))
+        database.execute("COMMIT")
+        database.executescript(f"""
+            INSERT INTO words(words) VALUES ('optimize');
+            CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab(main, words, row);
+            INSERT INTO common SELECT term, doc FROM vocabulary WHERE doc > {COMMON};""")
+        database.close()
+        if not number:
+            raise ValueError("no passages")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return number
 
 
@@ -83,6 +94,8 @@ def main() -> int:
     args = parser.parse_args()
     start = time.perf_counter()
     try:
+        if args.out.is_dir() or args.out.exists() and args.out.samefile(args.corpus):
+            raise ValueError(f"{args.out} is a folder, or the corpus itself: give another -o")
         if args.out.exists() and not args.force:
             raise ValueError(f"{args.out} is there already; give --force to replace it, or another -o")
         with tqdm(total=args.corpus.stat().st_size, unit="B", unit_scale=True, desc="index") as bar:

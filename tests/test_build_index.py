@@ -12,13 +12,15 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import build_index
-from tools import SearchTool
+from tools import SearchTool, open_sqlite
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [{"id": 0, "title": "Denmark", "contents": "The capital of Denmark is Copenhagen.\nIt lies on an island."},
@@ -193,3 +195,39 @@ def test_the_text_counts_once(tmp_path):
     indexed(tmp_path, rows)
     assert (tmp_path / "index.sqlite").stat().st_size < 1.5 * sum(len(row["text"]) for row in rows)
     assert Counter(path.suffix for path in tmp_path.iterdir()) == {".jsonl": 1, ".sqlite": 1}
+
+
+def test_common_words_alone_rank_the_first_passages(tmp_path):
+    """Ten times as many as the budget, which is 5,000: the best of all stands behind them."""
+    address = indexed(tmp_path, [{"text": f"city number {i}"} for i in range(51_000)] + [{"text": "city"}])
+    assert ask(address, "city", topk=1).text == "1. Content: city number 0"
+
+
+def test_a_rare_word_is_found_behind_many_passages_with_a_common_one(tmp_path):
+    address = indexed(tmp_path, [{"text": f"city {i}"} for i in range(150_000)])
+    with sqlite3.connect(tmp_path / "index.sqlite") as database:  # a budget of 210,000, as with 21 million passages
+        database.execute("INSERT INTO passages VALUES (20999999, ?)", (zlib.compress(b"a river"),))
+        database.execute("INSERT INTO words(rowid, segmented) VALUES (20999999, 'a river')")
+    assert ask(address, "city river", topk=1).text == "1. Content: a river"
+
+
+def test_threads_share_a_search(tmp_path):
+    rng = random.Random(0)
+    rows = [{"text": " ".join(f"w{int(2000 ** rng.random())}" for _ in range(30))} for _ in range(500)]
+    search, queries = open_sqlite(indexed(tmp_path, rows)), [row["text"] for row in rows[:100]] * 4
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda query: search(query, 3), queries))
+    assert found == [search(query, 3) for query in queries]
+
+
+@pytest.mark.parametrize("text, out, reason", [("", "index.sqlite", "no passages"), ("[1]\n", "index.sqlite", "row 1"),
+                                               (None, "index.sqlite", "No such file"), ('{"text": "a"}\n', ".", "a folder"),
+                                               ('{"text": "a"}\n', "corpus.jsonl", "the corpus itself")])
+def test_a_failed_build_leaves_nothing_and_takes_nothing(text, out, reason, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    if text is not None:
+        corpus.write_text(text)
+    done = run(corpus, "-o", tmp_path / out, "--force")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and reason in done.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({} if text is None else {"corpus.jsonl": text})

@@ -834,7 +834,7 @@ HOSTILE |= {"<aaa": lambda n: "<" + "a" * n, "&#99": lambda n: "&#" + "9" * n, "
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_page_text_is_linear(name):
-    """Below 2 s on a quiet core for the longest page. What is quadratic takes hours, and seconds for a page 64 times shorter."""
+    """Below 2 s on a quiet core for the longest page. What is quadratic takes hours, and seconds if 64 times shorter."""
     for share in (64, 1):
         page = HOSTILE[name](tools.MAX_BODY // share)
         start = time.thread_time()

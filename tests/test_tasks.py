@@ -9,6 +9,7 @@ import json
 import math
 import random
 import sqlite3
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def contents(index):
     """The rows of a search index: passages, and every word with the passages and places where it stands."""
     with closing(sqlite3.connect(index)) as database:
         database.execute("CREATE VIRTUAL TABLE temp.places USING fts5vocab(main, words, instance)")
-        return [database.execute(f"SELECT * FROM {table}").fetchall() for table in ("passages", "common", "temp.places")]
+        rows = [database.execute(f"SELECT * FROM {table}").fetchall() for table in ("common", "temp.places")]
+        return rows, [zlib.decompress(text) for text, in database.execute("SELECT text FROM passages ORDER BY id")]
 
 
 def pixels(image):
