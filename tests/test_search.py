@@ -851,7 +851,7 @@ def test_page_text_keeps_what_people_read():
 
 @pytest.fixture
 def dialled(monkeypatch):
-    """Hosts that connections are opened to. None of them leaves this machine: what is not loopback is refused here."""
+    """Hosts that connections are opened to. None of them leaves the host: what is not loopback is refused here."""
     hosts, connect = [], socket.create_connection
 
     def dial(address, *args, **more):
@@ -872,7 +872,7 @@ PRIVATE = [
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("host", PRIVATE)
-def test_no_page_of_this_machine_or_network_is_read(serve, dialled, host, scheme):
+def test_no_page_of_the_own_host_or_network_is_read(serve, dialled, host, scheme):
     listener = serve(lambda handler, request: send(handler, b"secret", kind="text/html"))
     server = with_pages(serve, {}, [f"{scheme}://{host}:{listener.server_port}/"])
     assert page_result(server).text == f"1. Content: {SNIPPET}"
@@ -880,7 +880,7 @@ def test_no_page_of_this_machine_or_network_is_read(serve, dialled, host, scheme
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0x7f.1", "[::1]", "169.254.169.254", "a.example@127.0.0.1"])
-def test_no_redirect_leads_to_this_machine(serve, monkeypatch, dialled, host):
+def test_no_redirect_leads_to_the_own_host(serve, monkeypatch, dialled, host):
     listener = serve(lambda handler, request: send(handler, b"secret", kind="text/html"))
     server = with_pages(serve, {"page": redirect(f"http://{host}:{listener.server_port}/")}, ["http://allowed.example/page"])
     check = tools._public_address
@@ -1018,7 +1018,7 @@ def test_training_stops_at_its_search_budget_and_goes_on(serve, tmp_path):
                    "--eval_tasks", "", "--beta", "0", "--output_dir", str(out), *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    stopped = train("--search_budget", "4")  # on the CPUs that were tried, six distinct queries in two steps
+    stopped = train("--search_budget", "4")  # six distinct queries in two steps, where the sampling is as on our CPUs
     assert stopped.returncode == 1, stopped.stderr
     assert "--search_budget 4 is spent" in stopped.stderr and "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
     done = int(re.search(r"before step (\d+)", stopped.stderr)[1]) - 1
