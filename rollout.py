@@ -75,6 +75,12 @@ class Turn:
     observation: str | None = None  # None where the rollout ended with this turn
 
 
+def is_lost(turn: Turn) -> bool:
+    """Whether its tool call was a search that failed through no fault of the policy: server, network or budget."""
+    known = (None, "empty_query", "no_results", "off")
+    return turn.action.kind == "search" and turn.result is not None and turn.result.error not in known
+
+
 @dataclass
 class Rollout:
     """One episode. All lists of length T run side by side."""
@@ -231,7 +237,8 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
     for n, turn in enumerate(rollout.turns):
         row = {"text": turn.text, "action": turn.action.kind, "observation": turn.observation}
         if turn.result is not None:
-            row |= {"ok": turn.result.ok, "error": turn.result.error, "seconds": round(turn.result.seconds, 4)}
+            row |= {"ok": turn.result.ok, "error": turn.result.error, "lost": is_lost(turn),
+                    "seconds": round(turn.result.seconds, 4)}
             if folder is not None and turn.result.image is not None:
                 row["image"] = f"{name}-{n}.png"
                 (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)

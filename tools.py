@@ -57,7 +57,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from html import unescape
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from itertools import accumulate, count
 from typing import NamedTuple
 from unicodedata import normalize
@@ -119,12 +119,16 @@ def _frame(number: int, text: str, image: Image.Image | None = None) -> Frame:
     return (number, text, image.size, image.tobytes()) if image else (number, text, (0, 0), b"")
 
 
-def _send(sock: socket.socket, frame: Frame) -> None:
+def _packed(frame: Frame) -> tuple[bytes, bytes | bytearray]:
     number, text, size, rgb = frame
     data = text.encode("utf-8", "replace")
+    return HEADER.pack(number, len(data), *size) + data, rgb
+
+
+def _send(sock: socket.socket, frame: Frame) -> None:
     sock.settimeout(GRACE)
-    sock.sendall(HEADER.pack(number, len(data), *size) + data)
-    sock.sendall(rgb)
+    for part in _packed(frame):
+        sock.sendall(part)
 
 
 def _receive(sock: socket.socket, deadline: float = float("inf")) -> Frame:
@@ -236,10 +240,11 @@ def _lock(program: bytes, version: int) -> None:
 
 # ---- the child: one call
 LINE = 3  # its file descriptor to the server
+Lock = tuple[bytes, int]  # the seccomp program, the version of Landlock (0: none)
 LOCKED = b"!"  # sent when the lock is on: what goes wrong before it is never the code's fault
 
 
-def _child(request: Frame, folder: str, line: int, lock: tuple[bytes, int] | None) -> None:
+def _child(request: Frame, folder: str, line: int, lock: Lock | None) -> None:
     """Never returns: whatever goes wrong in here must not run on as a second server."""
     try:
         timeout_ms, code, size, rgb = request
@@ -247,18 +252,16 @@ def _child(request: Frame, folder: str, line: int, lock: tuple[bytes, int] | Non
         os.write(LINE, LOCKED)
         os.dup2(0, 2)  # from here on errors are the model's
         kind, text, image = _run_code(code, Image.frombytes("RGB", size, rgb), os.path.join(folder, OUTPUT))
-        data, size = text[:MAX_TEXT].encode("utf-8", "replace"), image.size if image else (0, 0)
         with open(LINE, "wb") as file:
-            file.write(HEADER.pack(KINDS.index(kind), len(data), *size) + data)
-            if image:
-                file.write(image.tobytes())
+            file.writelines(_packed(_frame(KINDS.index(kind), text[:MAX_TEXT], image)))
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
 
 
-def _confine(folder: str, timeout: float, line: int, lock: tuple[bytes, int] | None) -> None:
+def _confine(folder: str, timeout: float, line: int, lock: Lock | None) -> None:
+    """What fails in here is the machinery's fault: nothing of the code has run yet."""
     server = os.getppid()
     os.setsid()
     os.chdir(folder)
@@ -333,7 +336,6 @@ def _png(size: tuple[int, int], rgb: bytearray) -> list[bytes]:
 
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # and nothing of ours
                       "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a fresh child touches many pages: large ones save a fifth
-SELF_TEST = "result = image"
 LOCK_TEST = """
 import os, socket
 for attempt in (socket.socket, lambda: os.getsid(0), lambda: os.listdir("/")):
@@ -361,7 +363,7 @@ def _serve(unlocked: bool) -> None:
         warning = "" if version else "no Landlock in this kernel: image code may open no file, only use `image` and `result`"
     sock = socket.socket(fileno=0)
     try:
-        test = SELF_TEST if unlocked else SELF_TEST + LOCK_TEST  # what fails here is our fault
+        test = "result = image" + LOCK_TEST * (not unlocked)  # what fails here is our fault
         number, text, *_ = _serve_call(_frame(round(GRACE * 1000), test, Image.new("RGB", (MIN_SIDE, MIN_SIDE))), lock)
         if number != KINDS.index("ok"):
             sys.exit(f"the self-test of the code server failed: {text}")
@@ -375,7 +377,7 @@ def _serve(unlocked: bool) -> None:
         shutil.rmtree(os.getcwd(), ignore_errors=True)  # the trainer may have been killed
 
 
-def _serve_call(request: Frame, lock: tuple[bytes, int] | None) -> Frame:
+def _serve_call(request: Frame, lock: Lock | None) -> Frame:
     timeout_ms, _, size, rgb = request
     folder = tempfile.mkdtemp(dir=os.getcwd())
     for name, content in ((INPUT, _png(size, rgb)), (OUTPUT, [])):  # the locked child cannot make a file, only fill this one
@@ -463,8 +465,7 @@ class CodeTool:
             _send(sock, _frame(round(self.timeout * 1000), code, image))
             return _receive(sock, time.monotonic() + self.timeout + 2 * GRACE)
         except (EOFError, OSError, ValueError) as error:
-            status = self._stop(process, sock, folder)
-            if status >= 0:
+            if self._stop(process, sock, folder) >= 0:
                 raise RuntimeError("the code server failed by itself; its traceback is on stderr") from error
             return None
 
@@ -609,28 +610,31 @@ class SearchTool:
 
     pages   of so many results the pages are read too, and the passages nearest to the query taken from all of them
     cache   a file in which answers from the network are kept, for all ranks and runs
-    budget  searches that may be sent out, retries included; after them all new queries fail, and `spent` is True
+    budget  searches that may be sent over the network, retries included; after them all new queries fail, and `spent` is True
     """
 
     def __init__(self, backend: str, topk: int = 3, *, pages: int = 0, cache: str | None = None, budget: int | None = None):
         scheme = backend.partition(":")[0]
         if scheme not in BACKENDS:
             raise ValueError(f"unknown search backend {backend!r}; known schemes: {', '.join(BACKENDS)}")
+        if pages < 0 or budget is not None and budget < 0:
+            raise ValueError(f"neither pages ({pages}) nor the budget ({budget}) of a search can be negative")
         if pages and scheme != "serper":
             raise ValueError(f"the search backend {backend!r} names no pages to read: this needs serper")
-        self.topk, self.spent, self._pages, self._budget, self._sent = topk, False, pages, budget, 0
-        self._ask, self._lock, self._pool = BACKENDS[scheme](backend), threading.Lock(), ThreadPoolExecutor(8)
-        self._key = [backend, topk, pages]
+        self.topk, self.spent, self._pages, self._sent = topk, False, pages, 0
+        self._ask, self._pool, self._key = BACKENDS[scheme](backend), ThreadPoolExecutor(8), [backend, topk, pages]
+        self._budget = budget if scheme != "sqlite" else None
         self._cache = _open_cache(cache) if cache and scheme != "sqlite" else None
+        self._lock, self._cache_lock = threading.Lock(), threading.Lock()  # two: the cache may wait for other processes
 
     def search_many(self, queries: list[str]) -> list[ToolResult]:
         """Side by side; the results stand in the order of the queries, equal ones are asked once. Nothing that
         the network does is raised."""
         give_up = time.monotonic() + RETRY_SECONDS
         queries = [" ".join(query.encode("utf-8", "replace").decode().split()) for query in queries]
-        distinct = list(dict.fromkeys(queries))
-        results = dict(zip(distinct, self._pool.map(lambda query: self._query(query, give_up), distinct), strict=True))
-        return [results[query] for query in queries]
+        distinct = {query.lower(): query for query in queries}
+        results = dict(zip(distinct, self._pool.map(lambda query: self._query(query, give_up), distinct.values()), strict=True))
+        return [results[query.lower()] for query in queries]
 
     def _query(self, query: str, give_up: float) -> ToolResult:
         started = time.monotonic()
@@ -645,16 +649,15 @@ class SearchTool:
         return ToolResult(bool(passages), text or "No results.", None, error, time.monotonic() - started)
 
     def _look_up(self, query: str, give_up: float) -> list[str]:
-        """From the cache, or asked and put there."""
+        """From the cache, or asked and put there: also where a page could not be read, or it would be tried for ever."""
         key = json.dumps([*self._key, query.lower()])
-        with suppress(sqlite3.Error), self._lock:  # a cache that is locked for long, or full, costs a request and not the run
-            # fetchall, or the open query would hold off the writers of other ranks.
-            sql = "SELECT passages FROM answers WHERE key = ?"
+        with suppress(sqlite3.Error), self._cache_lock:  # one that is locked for long, or full, costs a request, not the run
+            sql = "SELECT passages FROM answers WHERE key = ?"  # fetched whole: an open query holds off other ranks' writes
             for (known,) in self._cache.execute(sql, (key,)).fetchall() if self._cache else ():
                 return json.loads(known)
         found = self._ask_patiently(query, give_up)
         passages = self._read_pages(query, found) if self._pages else [text for text, _ in found]
-        with suppress(sqlite3.Error), self._lock:
+        with suppress(sqlite3.Error), self._cache_lock:
             if self._cache:
                 self._cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(passages)))
         return passages
@@ -698,7 +701,7 @@ class SearchTool:
 def _open_cache(path: str) -> sqlite3.Connection:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        cache = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
+        cache = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
         cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, passages TEXT)")
     except sqlite3.Error as error:
         raise ValueError(f"the search cache {path} is unusable ({error}): delete it or name another file") from error
@@ -768,10 +771,13 @@ def _exchange(url, payload, headers, connect, deadline):
         connection._create_connection = connect
         data = None if payload is None else json.dumps(payload).encode()
         path = quote(parts._replace(scheme="", netloc="", fragment="").geturl() or "/", safe="%/:=&?~+!$,;'@()*[]")
-        connection.request("GET" if data is None else "POST", path, data, {"Content-Type": "application/json", **headers})
+        headers = {"User-Agent": "visual-arft", **({"Content-Type": "application/json"} if data else {}), **headers}
+        connection.request("POST" if data else "GET", path, data, headers)
         response, body = connection.getresponse(), bytearray()
         while len(body) <= MAX_BODY and (part := response.read1(1 << 16)):  # read() believes what a chunk says of its length
             body += part
+        if response.length and len(body) <= MAX_BODY:
+            raise IncompleteRead(bytes(body), response.length)
         return response.status, response.headers, bytes(body)
 
 

@@ -33,7 +33,7 @@ from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, export, gather, gathered, load_policy,
                    pick_device, score, start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
-from rollout import PROMPTS, Limits, Rollout, Tools, micro_batches, roll_out, rollout_row
+from rollout import PROMPTS, Limits, Rollout, Tools, is_lost, micro_batches, roll_out, rollout_row
 from tools import CodeTool, SearchTool, parse_action
 
 
@@ -62,7 +62,7 @@ class Config:
     max_turns: int = flag(4, "actions a rollout may take")
     max_new_tokens: int = flag(96, "tokens a turn may take")
     max_tokens: int = flag(512, "tokens of a whole rollout: prompt, actions, observations")
-    max_observation_tokens: int = flag(1024, "tokens of a tool's text; longer ones are cut, with a mark")
+    max_observation_tokens: int = flag(256, "tokens of a tool's text; longer ones are cut, with a mark")
     max_images: int = flag(4, "images in the context of a rollout, the prompt's included")
     temperature: float = flag(1.0, "of sampling, and of the scored law")
     batch_tokens: int = flag(16384, "rows x length of one generate call of a rank")
@@ -134,7 +134,7 @@ def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
     if mode == "step":
         action, gold = turns[0].action, parse_action(task["solution"])
         return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
-    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None]
+    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not is_lost(turn)]
     return episode_reward(
         [turn.text for turn in turns], rollout.answer, task["answers"],
         problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
@@ -201,15 +201,13 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     rows = gather([{**rollout_row(r, shown, f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
                     "reward": rewards[i], "advantage": advantages[i]} for i, r in enumerate(rollouts)])
     oks = [turn["ok"] for row in rows for turn in row["turns"] if "ok" in turn]
-    lost = [t["error"] for row in rows for t in row["turns"] if t["action"] == "search" and t.get("error")
-            and t["error"] not in ("empty_query", "no_results", "off")]  # what is left is no fault of the policy
     names = sorted({name for row in rows for name in row["reward_parts"]})
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
     row = {"step": step, "reward": fmean(r["reward"] for r in rows),
            **{f"reward_{name}": fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names},
            "success": fmean(exact_match(r["answer"], r["answers"]) for r in rows),
            "turns": fmean(len(r["turns"]) for r in rows), "tool_errors": 1 - fmean(oks or [1]),
-           "searches_lost": len(lost),
+           "searches_lost": sum(turn.get("lost", False) for row in rows for turn in row["turns"]),
            "stop_length": fmean(r["stop"] == "length" for r in rows),
            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
            "flat_groups": fmean(r["advantage"] == 0 for r in rows), **metrics, "lr": learning_rate(step - 1, config),
@@ -278,7 +276,7 @@ def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, 
     rates = success_rates(policy, tasks, tools, replace(config.limits(), max_turns=config.max_turns),
                           temperature=config.eval_temperature, prompt=config.prompt)
     if tools.search and search_is_spent(tools.search):
-        return  # --resume will evaluate this step
+        return  # no row: it is not known what the policy can do; --resume evaluates again
     if dist.get_rank() == 0:
         with open(path, "a") as file:
             print(json.dumps({"step": step, "tools": label, **rates}), file=file)
@@ -333,6 +331,8 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
     if 0 < config.eval_limit < len(held_out):
         held_out = random.Random(0).sample(held_out, config.eval_limit)  # in file order the first ones are of one family
+    if 0 < config.search_budget < world:
+        raise ValueError(f"--search_budget {config.search_budget} does not divide among {world} ranks; give at least {world}")
     return tasks, held_out, SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
                                        budget=config.search_budget // world if config.search_budget else None)
 
@@ -354,8 +354,8 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     first = resume(policy, optimizer, config) if config.resume else 0
     with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code_tool:
         tools = Tools(code_tool, search)
-        if first == 0:
-            evaluate_policy(policy, held_out, tools, 0, config)
+        if first == 0 or config.eval_every and first % config.eval_every == 0:  # unless its row is there
+            evaluate_policy(policy, held_out, tools, first, config)
         training = time.perf_counter()
         for step in range(first, config.steps):
             clock = time.perf_counter()
@@ -367,8 +367,8 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                 rollouts, seconds = roll_out(policy, prompts, tools, config.limits(), group_size=config.group_size,
                                              temperature=config.temperature, prompt=config.prompt)
             if search_is_spent(search):  # what was just rolled out was told so: it is thrown away
-                save_checkpoint(policy, optimizer, step, config)
-                dist.destroy_process_group()
+                if step > first:  # otherwise its checkpoint is there, or nothing has been learnt
+                    save_checkpoint(policy, optimizer, step, config)
                 sys.exit(f"stopped before step {step + 1}: --search_budget {config.search_budget} is spent; --resume goes on")
             # 3. score: rewards by part
             parts = [reward_parts(r, config.mode) for r in rollouts]
@@ -396,8 +396,9 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                 save_checkpoint(policy, optimizer, step + 1, config)
             if config.eval_every and (step + 1) % config.eval_every == 0:
                 evaluate_policy(policy, held_out, tools, step + 1, config)
-
         evaluate_policy(policy, held_out, tools, config.steps, config)
+        if search_is_spent(search):
+            sys.exit(f"stopped in its evaluation: --search_budget {config.search_budget} is spent; --resume goes on")
     evaluate_policy(policy, held_out, Tools(), config.steps, config)
     export(policy, out / "model")
     if lead:

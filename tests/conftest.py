@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -28,6 +29,14 @@ def model_folder(tmp_path_factory) -> Path:
 def policy(model_folder) -> Policy:
     """The model of that folder, on the CPU, whole. Tests that change weights load one of their own."""
     return load_policy(str(model_folder))
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    """40 wide, 30 high; every pixel differs from its neighbours."""
+    picture = Image.new("RGB", (40, 30))
+    picture.putdata([(x * 6, y * 8, (x * y) % 256) for y in range(30) for x in range(40)])
+    return picture
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
@@ -29,8 +30,9 @@ import pytest
 
 import tools
 from model import encode_text
-from rollout import Limits, Tools, replay, roll_out
-from tools import SearchTool
+from rollout import Limits, Rollout, Tools, Turn, replay, roll_out
+from tools import Action, SearchTool, ToolResult
+from train import Config, prepare, reward_parts
 
 ROOT = Path(__file__).parent.parent
 FETCH = 0.5  # seconds that a test gives a request that is to fail in time; others get 10
@@ -994,6 +996,51 @@ def test_any_text_of_a_server_can_be_read(policy, serve):
     assert result.ok and observation.startswith("<information> 1. Content: half") and observation.endswith(" </information>")
 
 
+# ---- what is sent, and what is not ------------------------------------------------------------------------------------
+
+@pytest.mark.usefixtures("anywhere")
+def test_requests_say_who_asks(serve):
+    server = with_pages(serve, {"page": ("Owl.", "text/html")})
+    assert page_result(server).ok
+    search, page = server.seen
+    assert search.headers["content-type"] == "application/json" and "content-type" not in page.headers
+    assert search.headers["user-agent"] == page.headers["user-agent"] != ""
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_page_that_breaks_off_is_not_read(serve):
+    def broken(handler, request):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\nContent-Length: 1000\r\n\r\nThe snowy owl.")
+    assert page_result(with_pages(serve, {"page": broken}), "snowy owl").text == f"1. Content: {SNIPPET}"
+
+
+def test_local_searches_are_free():
+    search = SearchTool(f"sqlite:{ROOT / 'data' / 'offline' / 'corpus.sqlite'}", budget=1)
+    assert all(result.ok for result in search.search_many(["coin of France", "ship of Italy"])) and not search.spent
+
+
+def test_spellings_of_a_query_are_asked_once(serve):
+    server = serve(about)
+    one, two = SearchTool(server.url).search_many(["Owl", " owl"])
+    assert one.ok and one.text == two.text and len(server.seen) == 1
+
+
+def test_a_cache_that_others_hold_stops_no_other_query(serve, tmp_path):
+    """While the cache waits for a foreign writer, requests go out all the same."""
+    server, cache = serve(about), tmp_path / "cache.sqlite"
+    search = SearchTool(server.url, cache=str(cache))
+    with closing(sqlite3.connect(cache, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        thread = threading.Thread(target=search.search_many, args=(["first"],))
+        thread.start()
+        time.sleep(0.2)
+        assert search._lock.acquire(timeout=1.0)  # what the budget is counted under
+        search._lock.release()
+        other.execute("ROLLBACK")
+        thread.join()
+    assert len(server.seen) == 1
+
+
 # ---- a whole run ---------------------------------------------------------------------------------------------------
 
 def retrieval_server():
@@ -1009,22 +1056,78 @@ def retrieval_server():
     return answer
 
 
-def test_training_stops_at_its_search_budget_and_goes_on(serve, tmp_path):
-    server, out = serve(retrieval_server()), tmp_path / "run"
+@pytest.fixture
+def train(serve, tmp_path):
+    """Runs train.py on one rank, on the server of retrieval_server(), with a cache that each name of a run has for itself."""
+    server = serve(retrieval_server())
 
-    def train(*flags):
-        command = [sys.executable, "train.py", "--corpus", server.url, "--search_cache", str(tmp_path / "cache.sqlite"),
+    def run(name, *flags):
+        command = [sys.executable, "train.py", "--corpus", server.url, "--search_cache", str(tmp_path / f"{name}.sqlite"),
                    "--topk", "1", "--steps", "2", "--prompts_per_step", "2", "--group_size", "4", "--max_turns", "3",
-                   "--eval_tasks", "", "--beta", "0", "--output_dir", str(out), *flags]
+                   "--eval_tasks", "", "--beta", "0", "--output_dir", str(tmp_path / name), *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    stopped = train("--search_budget", "4")  # six distinct queries in two steps, where the sampling is as on our CPUs
-    assert stopped.returncode == 1, stopped.stderr
-    assert "--search_budget 4 is spent" in stopped.stderr and "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
-    done = int(re.search(r"before step (\d+)", stopped.stderr)[1]) - 1
-    assert len(server.seen) == 4 and (out / "metrics.jsonl").exists() == (out / "checkpoint-1").is_dir() == (done == 1)
-    resumed = train("--resume", "--search_budget", "0")
+    run.server = server
+    return run
+
+
+def check_stopped(done, where):
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "done in" not in done.stdout, done.stderr
+    assert re.search(rf"stopped {where}: --search_budget \d+ is spent; --resume goes on", done.stderr), done.stderr
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_training_stops_at_its_search_budget_and_goes_on(train, tmp_path):
+    """Stopped before its first step and before a later one, resumed: the metrics and weights of a run that was left alone."""
+    assert train("alone").returncode == 0
+    queries = [request.body["queries"][0].lower() for request in train.server.seen]
+    assert len(set(queries)) == len(queries) >= 4  # none asked twice; six where the sampling is as on our CPUs
+    train.server.seen.clear()
+    out = tmp_path / "run"
+    check_stopped(train("run", "--search_budget", "1"), "before step 1")
+    assert len(train.server.seen) == 1 and not list(out.glob("checkpoint-*"))  # nothing is learnt yet
+    check_stopped(train("run", "--resume", "--search_budget", str(len(queries) - 2)), "before step 2")
+    assert len(train.server.seen) == len(queries) - 1 and (out / "checkpoint-1").is_dir()
+    resumed = train("run", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics] == [1, 2] and (out / "model" / "model.safetensors").is_file()
-    assert len({request.body["queries"][0].lower() for request in server.seen}) == len(server.seen) > 1  # none asked twice
+    assert len(train.server.seen) == len(queries)
+    kept = [{name: value for name, value in row.items() if "second" not in name and name != "tokens_per_s"}
+            for folder in ("alone", "run") for row in rows(tmp_path / folder / "metrics.jsonl")]
+    assert kept[:2] == kept[2:]
+    weights = [(tmp_path / folder / "model" / "model.safetensors").read_bytes() for folder in ("alone", "run")]
+    assert weights[0] == weights[1]
+
+
+def test_an_evaluation_without_budget_is_no_evaluation(train, tmp_path):
+    """It ends the run in a way that is seen, leaves no row, and is made up for on resuming."""
+    assert train("run", "--steps", "1").returncode == 0
+    more = ("--steps", "1", "--resume", "--eval_tasks", "data/offline/heldout.json", "--eval_limit", "12", "--eval_every", "1")
+    check_stopped(train("run", *more, "--search_budget", "1"), "in its evaluation")
+    assert not (tmp_path / "run" / "evaluations.jsonl").read_text()
+    done = train("run", *more)
+    assert done.returncode == 0, done.stderr
+    assert [(row["step"], row["tools"]) for row in rows(tmp_path / "run" / "evaluations.jsonl")] == [(1, "on"), (1, "off")]
+
+
+@pytest.mark.parametrize("flags, ranks, words", [({"search_budget": 1}, "2", ["--search_budget 1", "2 ranks"]),
+                                                 ({"search_budget": -1}, "1", ["budget", "-1"]),
+                                                 ({"search_pages": -1}, "1", ["pages", "-1"])])
+def test_a_budget_that_cannot_be_kept_is_refused(monkeypatch, tmp_path, flags, ranks, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(ValueError) as error:
+        prepare(Config(output_dir=str(tmp_path), **flags))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_lost_search_costs_no_reward():
+    """The tools part counts the calls that the policy could have made to work."""
+    def turn(error):
+        return Turn("", Action("search", "owl"), ToolResult(error is None, "", None, error, 0.0))
+    task = {"family": "search", "answers": ["owl"], "type": []}
+    for errors, part in (([None, "timeout"], 1.0), ([None, "no_results"], 0.5), ([None, "http_500", "empty_query"], 0.5)):
+        rollout = Rollout(task, [], [], [], turns=[turn(error) for error in errors])
+        assert reward_parts(rollout, "episode")["tools"] == part

@@ -28,14 +28,6 @@ def tool():
         yield code_tool
 
 
-@pytest.fixture
-def image():
-    """40 wide, 30 high; every pixel differs from its neighbours."""
-    picture = Image.new("RGB", (40, 30))
-    picture.putdata([(x * 6, y * 8, (x * y) % 256) for y in range(30) for x in range(40)])
-    return picture
-
-
 # ---- actions
 @pytest.mark.parametrize("text, kind, content", [
     ("<think> look </think>\n<problem> {'rotation180'} </problem>", "problem", "{'rotation180'}"),
