@@ -378,7 +378,8 @@ class Decoder:
         good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from torch's
         global generator.
         """
-        self._keep([i for i, row in enumerate(self.rows) if any(row is each for each in live)])
+        wanted = set(map(id, live))
+        self._keep([i for i, row in enumerate(self.rows) if id(row) in wanted])
         inputs = self._unseen_inputs()
         recorder = LogpRecorder(temperature or 1.0)
         law = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
