@@ -1,0 +1,224 @@
+"""One update of train.py against the formula on a plain Hugging Face model, and a run that was stopped against one that was not.
+
+One rank, in this process: what more ranks do is compared with one in test_ranks.py.
+"""
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from make_model import make_model
+from model import load_policy
+from ranks_worker import rows_of
+from train import Config, even_micro_batches, main, prepare, prompts_of_step, reference_logps, resume, seed_step, update
+
+ROOT = Path(__file__).parent.parent
+IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
+SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40, "max_grad_norm": 1e6}
+
+
+@pytest.fixture
+def rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def reference_folder(tmp_path_factory, policy):
+    """Another model with the same tokenizer, so that the KL is not 0."""
+    folder = tmp_path_factory.mktemp("reference")
+    for part in (make_model(policy.tokenizer, seed=1), policy.tokenizer, Qwen2VLImageProcessorPil()):
+        part.save_pretrained(folder)
+    return folder
+
+
+def plain_law(model, rollout, temperature):
+    """Log-probs (T - 1, 791) of the next token after each: one sequence at a time; Hugging Face makes the positions."""
+    ids = torch.tensor([rollout.ids])
+    vision = {}
+    if rollout.images:
+        vision = {"pixel_values": torch.cat([image.pixels for image in rollout.images]),
+                  "image_grid_thw": torch.tensor([image.grid for image in rollout.images]),
+                  "mm_token_type_ids": (ids == IMAGE).int()}
+    logits = model(input_ids=ids, use_cache=False, **vision).logits[0, :-1, :NUM_KEPT]
+    return (logits / temperature).log_softmax(dim=1)
+
+
+def plain_update(folder, reference_folder, rows, config):
+    """(metrics, gradient of every parameter) in loops over rollouts and tokens, from the papers' formulas."""
+    model, reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(f, dtype=torch.float32).eval()
+                        for f in (folder, reference_folder))
+    num_tokens = sum(sum(r.action_mask) for r, _ in rows)
+    loss, metrics = 0.0, {"kl": 0.0, "entropy": 0.0, "gap": 0.0, "tokens": num_tokens}
+    for rollout, advantage in rows:
+        law = plain_law(model, rollout, config.temperature)
+        with torch.no_grad():
+            reference_law = plain_law(reference, rollout, config.temperature)
+        weight = {"grpo": 1 / (len(rows) * sum(rollout.action_mask)), "dapo": 1 / num_tokens,
+                  "dr_grpo": 1 / (len(rows) * config.max_turns * config.max_new_tokens)}[config.loss]
+        for t, (token, sampled) in enumerate(zip(rollout.ids, rollout.action_mask)):
+            if sampled:
+                logp, q = law[t - 1, token], reference_law[t - 1, token]
+                kl = (q - logp).exp() - (q - logp) - 1
+                loss = loss - weight * ((logp - logp.detach()).exp() * advantage - config.beta * kl)
+                metrics["kl"] += weight * kl.item()
+                metrics["entropy"] -= weight * (law[t - 1].exp() * law[t - 1]).sum().item()
+                metrics["gap"] = max(metrics["gap"], abs(logp.item() - rollout.logps[t]))
+    loss.backward()
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+    return metrics | {"loss": loss.item(), "grad_norm": norm}, gradient
+
+
+def our_update(folder, reference_folder, rows, config):
+    """(metrics, what every parameter lost) of one step of gradient descent with a learning rate of 1."""
+    policy, reference = load_policy(str(folder), shard=True), load_policy(str(reference_folder), shard=True)
+    before = {name: p.full_tensor().detach().clone() for name, p in policy.model.named_parameters()}
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], config.micro_batch_tokens)
+    metrics = update(policy, optimizer, batches, num_real, reference_logps(reference, batches, config.temperature), config)
+    return metrics, {name: before[name] - p.full_tensor().detach() for name, p in policy.model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss, micro_batch_tokens, max_grad_norm", [
+    ("grpo", 1, 1e6), ("grpo", 300, 1e6), ("dapo", 300, 1e6), ("dr_grpo", 300, 1e6), ("grpo", 100_000, 0.01)])
+def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folder, policy, rank, loss, micro_batch_tokens,
+                                                   max_grad_norm):
+    config = Config(**SETTINGS | {"max_grad_norm": max_grad_norm}, loss=loss, micro_batch_tokens=micro_batch_tokens)
+    rows = rows_of(policy)  # 8 rollouts of 1 to 3 turns, with observations; 3 have an image
+    wanted_metrics, wanted = plain_update(model_folder, reference_folder, rows, config)
+    metrics, gradient = our_update(model_folder, reference_folder, rows, config)
+    assert wanted_metrics["kl"] > 0.005 and wanted_metrics["grad_norm"] > 0.05
+    assert metrics == {name: pytest.approx(value, rel=1e-4) for name, value in wanted_metrics.items()}
+    scale = min(1.0, max_grad_norm / wanted_metrics["grad_norm"])
+    for name, expected in wanted.items():  # fp32, padded or not; a weight of 0.1 rounds what it lost by 1e-8
+        assert expected.norm() > 0, name
+        assert (gradient[name] - scale * expected).norm() <= 1e-4 * scale * expected.norm() + 1e-6, name
+
+
+# ------------------------------------------------------------------------------------------------------------- a short run
+
+
+def run(out, tasks, **settings):
+    """train.py's main in this process: 2 steps of 4 prompts of 4 samples, with a checkpoint after each."""
+    config = Config(**{"output_dir": str(out), "tasks": str(tasks), "eval_tasks": "", "steps": 2, "prompts_per_step": 4,
+                       "group_size": 4, "max_turns": 2, "lr": 1e-3, "lr_decay": 1.0, "save_every": 1, "rollouts_every": 1,
+                       "search_cache": ""} | settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread, as all tests
+        main(config, *prepare(config))
+    return config
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """(config, folder): two tasks with the same question about different signs, so that each stands twice in a batch."""
+    folder = tmp_path_factory.mktemp("short")
+    offline = ROOT / "data" / "offline"
+    clear, dark = [json.loads((offline / "train.json").read_text())[i] for i in (0, 3)]
+    assert clear["question"] == dark["question"] and (clear["type"], dark["type"]) == (["none"], ["dark"])
+    tasks = [{key: str(offline / value) if key.endswith("_path") else value for key, value in task.items()}
+             for task in (clear, dark)]
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    return run(folder / "run", folder / "tasks.json"), folder / "run"
+
+
+@pytest.fixture
+def stopped(short_run, tmp_path):
+    """A copy of that run as a kill after the first checkpoint would have left it."""
+    copy = shutil.copytree(short_run[1], tmp_path / "run")
+    for name in ("checkpoint-2", "model"):
+        shutil.rmtree(copy / name)
+    return copy
+
+
+def rows_without_timings(path):
+    return [{key: value for key, value in json.loads(line).items() if not re.search("seconds|tokens_per_s", key)}
+            for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_was_stopped_and_resumed_is_the_run(short_run, stopped):
+    config, whole = short_run
+    run(stopped, config.tasks, resume=True)
+    assert rows_without_timings(stopped / "metrics.jsonl") == rows_without_timings(whole / "metrics.jsonl")
+    for file in ("rollouts/step_2.jsonl", "model/model.safetensors"):  # bit for bit
+        assert (stopped / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_weight_moves_as_far_as_the_learning_rate_in_the_log(short_run, stopped, rank):
+    """AdamW moves no weight by more than 1.002 times its rate in its second step, and one whose gradient is steady by it."""
+    policy = load_policy(str(ROOT / "data" / "model"), shard=True)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0)
+    assert resume(policy, optimizer, Config(output_dir=str(stopped), resume=True)) == 1
+    after = dict(load_policy(str(short_run[1] / "model")).model.named_parameters())
+    moved = max((p.full_tensor() - after[name]).abs().max().item() for name, p in policy.model.named_parameters())
+    assert [row["lr"] for row in rows_without_timings(short_run[1] / "metrics.jsonl")] == [1e-3, 0.5e-3]
+    assert moved == pytest.approx(0.5e-3, rel=0.01)
+
+
+def test_advantages_are_within_the_samples_of_one_prompt_even_where_prompts_are_equal(short_run):
+    for step in (1, 2):
+        rows = rows_without_timings(short_run[1] / "rollouts" / f"step_{step}.jsonl")
+        groups = [rows[i:i + 4] for i in range(0, 16, 4)]
+        assert sorted(len({row["id"] for row in group}) for group in groups) == [1] * 4
+        assert {row["question"] for row in rows} == {rows[0]["question"]} and len({row["id"] for row in rows}) == 2
+        means = [statistics.mean(row["reward"] for row in group) for group in groups]
+        assert len(set(means)) >= 3  # or groups that merge would not show
+        for group, mean in zip(groups, means):
+            std = statistics.stdev(row["reward"] for row in group)
+            assert [row["advantage"] for row in group] == pytest.approx(
+                [(row["reward"] - mean) / (std + 1e-4) for row in group], abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- prompts and seeds
+
+
+def drawn(pipe, store, rank, size):
+    """What a rank does before a rollout: prompts and the first random number of steps 0 to 3."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    config, result = Config(prompts_per_step=4), []
+    for step in range(4):
+        prompts = prompts_of_step(list(range(8)), step, config)
+        seed_step(config, step)
+        result.append((prompts, torch.rand(()).item()))
+    pipe.send(result)
+    dist.destroy_process_group()
+
+
+def draw(folder, size):
+    """[steps of each rank] of `size` processes that talk by gloo."""
+    context, pipes, processes = multiprocessing.get_context("fork"), [], []
+    for rank in range(size):
+        here, there = context.Pipe()
+        processes.append(context.Process(target=drawn, args=(there, str(folder / f"store-{size}"), rank, size)))
+        processes[-1].start()
+        pipes.append(here)
+    results = [pipe.recv() if pipe.poll(30) else None for pipe in pipes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return results
+
+
+def test_an_epoch_has_every_task_once_in_an_order_of_its_own_and_ranks_share_it(tmp_path):
+    [whole] = draw(tmp_path, 1)
+    first, second = whole[0][0] + whole[1][0], whole[2][0] + whole[3][0]
+    assert sorted(first) == sorted(second) == [*range(8)]
+    assert first != second and first != sorted(first)
+    left, right = draw(tmp_path, 2)
+    assert [a + b for (a, _), (b, _) in zip(left, right)] == [prompts for prompts, _ in whole]
+    assert {len(prompts) for prompts, _ in left + right} == {2}
+    assert len({number for _, number in left + right}) == 8  # no step and no rank repeats another's random numbers
