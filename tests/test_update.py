@@ -1,4 +1,4 @@
-"""One update of train.py against the formula on a plain Hugging Face model, and a run that was stopped against one that was not.
+"""One update of train.py against the formula on a plain Hugging Face model; a stopped run against one that was not stopped.
 
 One rank, in this process: what more ranks do is compared with one in test_ranks.py.
 """
@@ -114,8 +114,8 @@ def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folde
 def run(out, tasks, **settings):
     """train.py's main in this process: 2 steps of 4 prompts of 4 samples, with a checkpoint after each."""
     config = Config(**{"output_dir": str(out), "tasks": str(tasks), "eval_tasks": "", "steps": 2, "prompts_per_step": 4,
-                       "group_size": 4, "max_turns": 2, "lr": 1e-3, "lr_decay": 1.0, "save_every": 1, "rollouts_every": 1,
-                       "search_cache": ""} | settings)
+                       "group_size": 4, "max_turns": 2, "lr": 1e-3, "lr_decay": 1.0, "temperature": 0.8, "save_every": 1,
+                       "rollouts_every": 1, "search_cache": ""} | settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread, as all tests
@@ -158,6 +158,10 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run(short_run, stopped):
         assert (stopped / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_the_temperature_is_sampled_and_scored(short_run):
+    assert all(row["gap"] < 1e-4 for row in rows_without_timings(short_run[1] / "metrics.jsonl"))
+
+
 def test_a_weight_moves_as_far_as_the_learning_rate_in_the_log(short_run, stopped, rank):
     """AdamW moves no weight by more than 1.002 times its rate in its second step, and one whose gradient is steady by it."""
     policy = load_policy(str(ROOT / "data" / "model"), shard=True)
@@ -186,10 +190,10 @@ def test_advantages_are_within_the_samples_of_one_prompt_even_where_prompts_are_
 # ------------------------------------------------------------------------------------------------------- prompts and seeds
 
 
-def drawn(pipe, store, rank, size):
+def drawn(pipe, store, rank, size, seed):
     """What a rank does before a rollout: prompts and the first random number of steps 0 to 3."""
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
-    config, result = Config(prompts_per_step=4), []
+    config, result = Config(prompts_per_step=4, seed=seed), []
     for step in range(4):
         prompts = prompts_of_step(list(range(8)), step, config)
         seed_step(config, step)
@@ -198,12 +202,12 @@ def drawn(pipe, store, rank, size):
     dist.destroy_process_group()
 
 
-def draw(folder, size):
+def draw(folder, size, seed=0):
     """[steps of each rank] of `size` processes that talk by gloo."""
     context, pipes, processes = multiprocessing.get_context("fork"), [], []
     for rank in range(size):
         here, there = context.Pipe()
-        processes.append(context.Process(target=drawn, args=(there, str(folder / f"store-{size}"), rank, size)))
+        processes.append(context.Process(target=drawn, args=(there, str(folder / f"store-{size}-{seed}"), rank, size, seed)))
         processes[-1].start()
         pipes.append(here)
     results = [pipe.recv() if pipe.poll(30) else None for pipe in pipes]
@@ -222,3 +226,9 @@ def test_an_epoch_has_every_task_once_in_an_order_of_its_own_and_ranks_share_it(
     assert [a + b for (a, _), (b, _) in zip(left, right)] == [prompts for prompts, _ in whole]
     assert {len(prompts) for prompts, _ in left + right} == {2}
     assert len({number for _, number in left + right}) == 8  # no step and no rank repeats another's random numbers
+
+
+def test_another_seed_draws_other_prompts_and_other_numbers(tmp_path):
+    [zero], [one] = draw(tmp_path, 1), draw(tmp_path, 1, seed=1)
+    assert all(a != b for (a, _), (b, _) in zip(zero, one))
+    assert len({number for _, number in zero + one}) == 8
