@@ -1,7 +1,8 @@
 """One update of train.py against the formula on a plain Hugging Face model; a stopped run against one that was not stopped.
 
-One rank, in this process: what more ranks do is compared with one in test_ranks.py.
+Ranks are forks of this process that talk by gloo; one rank is this process itself.
 """
+import functools
 import json
 import math
 import multiprocessing
@@ -9,6 +10,8 @@ import os
 import re
 import shutil
 import statistics
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -27,12 +30,34 @@ IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither samp
 SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40, "max_grad_norm": 1e6}
 
 
+@contextmanager
+def group(store, rank=0, size=1):
+    """A process group for as long as the block lasts."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture
 def rank():
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group(dist.HashStore()):
+        yield
+
+
+def on_ranks(size, folder, function, *args):
+    """[what function(*args) returned on each rank] of `size` processes."""
+    def work(rank):
+        with group(dist.FileStore(str(folder / "store"), size), rank, size):
+            torch.save(function(*args), folder / f"{rank}.pt")
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(size)]
+    folder.mkdir()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+        process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +81,21 @@ def plain_law(model, rollout, temperature):
     return (logits / temperature).log_softmax(dim=1)
 
 
+@pytest.fixture(scope="module")
+def rows(policy):
+    """[(rollout, advantage)]: 8 rollouts of 1 to 3 turns, with observations; 3 have an image."""
+    with group(dist.HashStore()):
+        return rows_of(policy)
+
+
+@pytest.fixture(scope="module")
+def plain(model_folder, reference_folder, rows):
+    """plain(loss): (metrics, gradient of every parameter) of the update of all rows."""
+    return functools.cache(lambda loss: plain_update(model_folder, reference_folder, rows, Config(**SETTINGS, loss=loss)))
+
+
 def plain_update(folder, reference_folder, rows, config):
-    """(metrics, gradient of every parameter) in loops over rollouts and tokens, from the papers' formulas."""
+    """In loops over rollouts and tokens, from the papers' formulas."""
     model, reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(f, dtype=torch.float32).eval()
                         for f in (folder, reference_folder))
     num_tokens = sum(sum(r.action_mask) for r, _ in rows)
@@ -92,20 +130,34 @@ def our_update(folder, reference_folder, rows, config):
     return metrics, {name: before[name] - p.full_tensor().detach() for name, p in policy.model.named_parameters()}
 
 
-@pytest.mark.parametrize("loss, micro_batch_tokens, max_grad_norm", [
-    ("grpo", 1, 1e6), ("grpo", 300, 1e6), ("dapo", 300, 1e6), ("dr_grpo", 300, 1e6), ("grpo", 100_000, 0.01)])
-def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folder, policy, rank, loss, micro_batch_tokens,
-                                                   max_grad_norm):
-    config = Config(**SETTINGS | {"max_grad_norm": max_grad_norm}, loss=loss, micro_batch_tokens=micro_batch_tokens)
-    rows = rows_of(policy)  # 8 rollouts of 1 to 3 turns, with observations; 3 have an image
-    wanted_metrics, wanted = plain_update(model_folder, reference_folder, rows, config)
-    metrics, gradient = our_update(model_folder, reference_folder, rows, config)
-    assert wanted_metrics["kl"] > 0.005 and wanted_metrics["grad_norm"] > 0.05
-    assert metrics == {name: pytest.approx(value, rel=1e-4) for name, value in wanted_metrics.items()}
-    scale = min(1.0, max_grad_norm / wanted_metrics["grad_norm"])
-    for name, expected in wanted.items():  # fp32, padded or not; a weight of 0.1 rounds what it lost by 1e-8
-        assert expected.norm() > 0, name
-        assert (gradient[name] - scale * expected).norm() <= 1e-4 * scale * expected.norm() + 1e-6, name
+def assert_is_the_formula(updated, plain, scale=1.0):
+    """Our update is the plain one; scale: what the gradients were cut to."""
+    (metrics, gradient), (expected_metrics, expected) = updated, plain
+    assert metrics == {name: pytest.approx(value, rel=1e-4) for name, value in expected_metrics.items()}
+    for name, wanted in expected.items():  # fp32, padded or not; a weight of 0.1 rounds what it lost by 1e-8
+        assert wanted.norm() > 0, name
+        assert (gradient[name] - scale * wanted).norm() <= 1e-4 * scale * wanted.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("loss, micro_batch_tokens", [("grpo", 1), ("grpo", 300), ("grpo", 100_000), ("dapo", 300),
+                                                      ("dr_grpo", 300)])
+def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folder, rows, plain, rank, loss, micro_batch_tokens):
+    config = Config(**SETTINGS, loss=loss, micro_batch_tokens=micro_batch_tokens)
+    assert plain(loss)[0]["kl"] > 0.005 and plain(loss)[0]["grad_norm"] > 0.05
+    assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain(loss))
+
+
+def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_folder, rows, plain, rank):
+    updated = our_update(model_folder, reference_folder, rows, Config(**SETTINGS | {"max_grad_norm": 0.01}))
+    assert_is_the_formula(updated, plain("grpo"), scale=0.01 / plain("grpo")[0]["grad_norm"])
+
+
+def test_two_ranks_with_unlike_shares_are_the_formula(model_folder, reference_folder, rows, plain, tmp_path):
+    def work():  # 5 rollouts without an image, each a micro-batch, beside 3 with one
+        share = rows[:5] if dist.get_rank() == 0 else rows[5:]
+        return our_update(model_folder, reference_folder, share, Config(**SETTINGS, micro_batch_tokens=1))
+    for updated in on_ranks(2, tmp_path / "ranks", work):
+        assert_is_the_formula(updated, plain("grpo"))
 
 
 # ------------------------------------------------------------------------------------------------------------- a short run
@@ -190,31 +242,16 @@ def test_advantages_are_within_the_samples_of_one_prompt_even_where_prompts_are_
 # ------------------------------------------------------------------------------------------------------- prompts and seeds
 
 
-def drawn(pipe, store, rank, size, seed):
-    """What a rank does before a rollout: prompts and the first random number of steps 0 to 3."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
-    config, result = Config(prompts_per_step=4, seed=seed), []
-    for step in range(4):
-        prompts = prompts_of_step(list(range(8)), step, config)
-        seed_step(config, step)
-        result.append((prompts, torch.rand(()).item()))
-    pipe.send(result)
-    dist.destroy_process_group()
-
-
 def draw(folder, size, seed=0):
-    """[steps of each rank] of `size` processes that talk by gloo."""
-    context, pipes, processes = multiprocessing.get_context("fork"), [], []
-    for rank in range(size):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=drawn, args=(there, str(folder / f"store-{size}-{seed}"), rank, size, seed)))
-        processes[-1].start()
-        pipes.append(here)
-    results = [pipe.recv() if pipe.poll(30) else None for pipe in pipes]
-    for process in processes:
-        process.kill()
-        process.join()
-    return results
+    """For each rank, what it does before a rollout: prompts and the first random number of steps 0 to 3."""
+    def work():
+        config, result = Config(prompts_per_step=4, seed=seed), []
+        for step in range(4):
+            prompts = prompts_of_step(list(range(8)), step, config)
+            seed_step(config, step)
+            result.append((prompts, torch.rand(()).item()))
+        return result
+    return on_ranks(size, folder / f"{size}-{seed}", work)
 
 
 def test_an_epoch_has_every_task_once_in_an_order_of_its_own_and_ranks_share_it(tmp_path):
