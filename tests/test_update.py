@@ -1,6 +1,6 @@
 """One update of train.py against the formula on a plain Hugging Face model; a stopped run against one that was not stopped.
 
-Ranks are forks of this process that talk by gloo; one rank is this process itself.
+One rank is this process itself; several are processes that talk by gloo, forked from one that has done nothing but import.
 """
 import functools
 import json
@@ -27,6 +27,8 @@ from train import Config, even_micro_batches, main, prepare, prompts_of_step, re
 
 ROOT = Path(__file__).parent.parent
 IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
 SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40, "max_grad_norm": 1e6}
 
 
@@ -47,17 +49,20 @@ def rank():
 
 def on_ranks(size, folder, function, *args):
     """[what function(*args) returned on each rank] of `size` processes."""
-    def work(rank):
-        with group(dist.FileStore(str(folder / "store"), size), rank, size):
-            torch.save(function(*args), folder / f"{rank}.pt")
-    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(size)]
     folder.mkdir()
+    processes = [CLEAN.Process(target=work, args=(rank, size, folder, function, args)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(90)
         process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def work(rank, size, folder, function, args):
+    torch.set_num_threads(1)
+    with group(dist.FileStore(str(folder / "store"), size), rank, size):
+        torch.save(function(*args), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +157,14 @@ def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_fold
     assert_is_the_formula(updated, plain("grpo"), scale=0.01 / plain("grpo")[0]["grad_norm"])
 
 
+def share_of_update(folder, reference_folder, shares, config):
+    return our_update(folder, reference_folder, shares[dist.get_rank()], config)
+
+
 def test_two_ranks_with_unlike_shares_are_the_formula(model_folder, reference_folder, rows, plain, tmp_path):
-    def work():  # 5 rollouts without an image, each a micro-batch, beside 3 with one
-        share = rows[:5] if dist.get_rank() == 0 else rows[5:]
-        return our_update(model_folder, reference_folder, share, Config(**SETTINGS, micro_batch_tokens=1))
-    for updated in on_ranks(2, tmp_path / "ranks", work):
+    shares = rows[:5], rows[5:]  # 5 rollouts without an image, each a micro-batch, beside 3 with one
+    for updated in on_ranks(2, tmp_path / "ranks", share_of_update, model_folder, reference_folder, shares,
+                            Config(**SETTINGS, micro_batch_tokens=1)):
         assert_is_the_formula(updated, plain("grpo"))
 
 
@@ -242,30 +250,29 @@ def test_advantages_are_within_the_samples_of_one_prompt_even_where_prompts_are_
 # ------------------------------------------------------------------------------------------------------- prompts and seeds
 
 
-def draw(folder, size, seed=0):
-    """For each rank, what it does before a rollout: prompts and the first random number of steps 0 to 3."""
-    def work():
-        config, result = Config(prompts_per_step=4, seed=seed), []
-        for step in range(4):
-            prompts = prompts_of_step(list(range(8)), step, config)
-            seed_step(config, step)
-            result.append((prompts, torch.rand(()).item()))
-        return result
-    return on_ranks(size, folder / f"{size}-{seed}", work)
+def draw(seed):
+    """What a rank does before a rollout: prompts and the first random number of steps 0 to 3."""
+    config, result = Config(prompts_per_step=4, seed=seed), []
+    for step in range(4):
+        prompts = prompts_of_step(list(range(8)), step, config)
+        seed_step(config, step)
+        result.append((prompts, torch.rand(()).item()))
+    return result
 
 
 def test_an_epoch_has_every_task_once_in_an_order_of_its_own_and_ranks_share_it(tmp_path):
-    [whole] = draw(tmp_path, 1)
+    with group(dist.HashStore()):
+        whole = draw(0)
     first, second = whole[0][0] + whole[1][0], whole[2][0] + whole[3][0]
     assert sorted(first) == sorted(second) == [*range(8)]
     assert first != second and first != sorted(first)
-    left, right = draw(tmp_path, 2)
+    left, right = on_ranks(2, tmp_path / "two", draw, 0)
     assert [a + b for (a, _), (b, _) in zip(left, right)] == [prompts for prompts, _ in whole]
     assert {len(prompts) for prompts, _ in left + right} == {2}
     assert len({number for _, number in left + right}) == 8  # no step and no rank repeats another's random numbers
 
 
-def test_another_seed_draws_other_prompts_and_other_numbers(tmp_path):
-    [zero], [one] = draw(tmp_path, 1), draw(tmp_path, 1, seed=1)
+def test_another_seed_draws_other_prompts_and_other_numbers(rank):
+    zero, one = draw(0), draw(1)
     assert all(a != b for (a, _), (b, _) in zip(zero, one))
     assert len({number for _, number in zero + one}) == 8
