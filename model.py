@@ -11,15 +11,19 @@ expanded here. Four rules, each of them a bug that was seen elsewhere:
 - Text of a task or a tool is tokenised with special tokens disabled: `<|im_end|>` in a search result is ten characters.
 - Rollouts run without collectives, on parameters gathered once: ranks may take different numbers of turns.
 
+What the G samples of a prompt share is computed once, in sampling (`Decoder`, which also keeps keys and values over turns) and
+in scoring (packed rows, `rollout.collate`): by an attention function of our own, which both set up.
+
 Left out on purpose: other model families, video, LoRA, quantisation, inference engines.
 
-Legend: B rollouts, T tokens, V vocabulary, N patches of all images of a batch.
+Legend: P prompts, G samples a prompt, B rollouts, T tokens, V vocabulary, H hidden size, N tokens of a packed row.
 """
 import os
 import types
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -28,11 +32,13 @@ import torch.distributed as dist
 from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import (AutoTokenizer, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoTokenizer, DynamicCache, GenerationConfig,
+                          LogitsProcessor, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from grpo import token_logps
+from grpo import Segments, SharedPrompts, packed_attention, prompt_attention, token_logps
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of an image, after resizing; the paper's training uses 401,408
 TEXT = "\x00"  # stands for the user's text while the chat template is rendered; no template holds it
@@ -60,6 +66,7 @@ class Policy:
     end_id: int = field(init=False)  # <|im_end|>: ends a turn; sampled and trained on
     image_id: int = field(init=False)  # <|image_pad|>: one for each image token
     suppressed: torch.Tensor = field(init=False)  # (S,) int64 ids that are neither sampled nor scored
+    images: dict = field(default_factory=dict)  # path -> (picture, EncodedImage): read and cut into patches once a run
 
     def __post_init__(self):
         self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -147,11 +154,33 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
         hub_generation_config = model.generation_config
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(_set_up(model), tokenizer, image_processor, device, hub_generation_config)
+
+
+def copy_policy(policy: Policy) -> Policy:
+    """A second model with the weights that the sharded one has now: each rank copies its shards, nothing is read or sent."""
+    model = _empty_shards(policy.model.config, policy.device)
+    with torch.no_grad():
+        for copy, original in zip(model.parameters(), policy.model.parameters(), strict=True):
+            copy.to_local().copy_(original.to_local())
+        for copy, original in zip(model.buffers(), policy.model.buffers(), strict=True):
+            copy.copy_(original)
+    return replace(policy, model=_set_up(model))
+
+
+def _set_up(model):
+    """What every copy needs: our attention, a clean law of sampling, scoring as a method, FSDP ready to generate."""
+    AttentionInterface.register("group_attention", _group_attention)
+    AttentionMaskInterface.register("group_attention", sdpa_mask)
+    model.model.language_model.config._attn_implementation = "group_attention"
     model.generation_config = GenerationConfig()  # the hub's defaults (temperature 1e-6, penalty 1.05) must not leak
     model.action_logps = types.MethodType(_action_logps, model)
-    if shard:
+    if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "action_logps")  # FSDP gathers the root's parameters around it as for forward
-    return Policy(model.eval(), tokenizer, image_processor, device, hub_generation_config)
+        with torch.no_grad():  # FSDP sets itself up in the root's first forward, but generate begins with the vision tower
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+            model.reshard()  # the root stays whole after a forward; an optimizer must be given its shards
+    return model.eval()
 
 
 def shard_model(model: Qwen2_5_VLForConditionalGeneration, device: torch.device) -> None:
@@ -163,13 +192,19 @@ def shard_model(model: Qwen2_5_VLForConditionalGeneration, device: torch.device)
     fully_shard(model, **options)
 
 
-def _load_sharded(name, config, device):
-    """Build on the meta device, shard, then spread rank 0's weights: no rank but 0 ever holds the whole model."""
+def _empty_shards(config, device):
+    """A sharded model without weights: no rank ever holds a whole one."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
     shard_model(model, device)
     model.to_empty(device=device)
     model.tie_weights()  # to_empty gives tied parameters (3B: head = embedding) storages of their own
+    return model
+
+
+def _load_sharded(name, config, device):
+    """Spread the weights that rank 0 reads."""
+    model = _empty_shards(config, device)
     weights, rest = {}, [None, None]
     if dist.get_rank() == 0:
         whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
@@ -178,9 +213,6 @@ def _load_sharded(name, config, device):
     dist.broadcast_object_list(rest, src=0)  # rotary frequencies are buffers outside the state dict
     for buffer_name, value in rest[0].items():
         model.get_buffer(buffer_name).copy_(value)
-    with torch.no_grad():  # FSDP sets itself up in the root's first forward, but generate begins with the vision tower
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
-        model.reshard()  # the root stays whole after a forward; an optimizer must be given its shards
     return model, rest[1]
 
 
@@ -247,7 +279,7 @@ def model_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[s
     """Pad sequences on `side` ("left" to sample, "right" to score) and give every token its M-RoPE position.
 
     Returns input_ids, attention_mask (B, T), position_ids (3, B, T) int64, and, if there is any image, pixel_values
-    (N, 1176) and image_grid_thw (images, 3), in the order of the sequences.
+    (patches, 1176) and image_grid_thw (images, 3), in the order of the sequences.
     """
     length = max(len(s.ids) for s in sequences)
     pad = policy.tokenizer.pad_token_id
@@ -257,14 +289,20 @@ def model_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[s
         rows.append(filler + s.ids if side == "left" else s.ids + filler)
         masks.append(blank + [1] * len(s.ids) if side == "left" else [1] * len(s.ids) + blank)
     ids, mask = torch.tensor(rows), torch.tensor(masks)  # (B, T)
-    images = [image for s in sequences for image in s.images]
-    grids = torch.tensor([image.grid for image in images]) if images else None  # (images, 3)
+    vision = image_inputs(policy, [image for s in sequences for image in s.images])
+    grids = torch.tensor([image.grid for s in sequences for image in s.images]) if vision else None  # (images, 3)
     positions, _ = policy.model.model.get_rope_index(ids, (ids == policy.image_id).int(), image_grid_thw=grids,
                                                      attention_mask=mask)  # (3, B, T)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    if images:
-        inputs |= {"pixel_values": torch.cat([image.pixels for image in images]), "image_grid_thw": grids}
-    return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
+    return {name: tensor.to(policy.device) for name, tensor in inputs.items()} | vision
+
+
+def image_inputs(policy: Policy, images: list[EncodedImage]) -> dict[str, torch.Tensor]:
+    """pixel_values (patches, 1176) and image_grid_thw (images, 3), one image behind the other; nothing if there is none."""
+    if not images:
+        return {}
+    pixels, grids = torch.cat([image.pixels for image in images]), torch.tensor([image.grid for image in images])
+    return {"pixel_values": pixels.to(policy.device), "image_grid_thw": grids.to(policy.device)}
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -302,67 +340,161 @@ class LogpRecorder(LogitsProcessor):
             self.steps.append(self.previous.gather(1, sampled[:, None]).squeeze(1))  # (B,)
 
 
-@torch.no_grad()
-def generate(policy: Policy, sequences: list[Sequence], *, max_new_tokens: int, temperature: float,
-             batch_tokens: int) -> list[tuple[list[int], list[float]]]:
-    """Sample one turn for every sequence: [(ids with `<|im_end|>` if it was reached, log-probs in nats), ...].
+class Decoder:
+    """Samples turn after turn for B sequences, those of a prompt side by side. Lives as long as their rollouts.
 
-    temperature 0 is greedy (log-probs are then those at temperature 1). One `generate` call for as many rows as
-    batch_tokens (rows × (longest + max_new_tokens)) allows. Random numbers come from torch's global generator.
+    Each prompt is encoded once for all sequences that begin with it, up to its last token. What a sequence holds beyond
+    that is fed once: `cache` has a row for each, with holes where `filled` (B, S) is False.
     """
-    results = []
-    for rows in split_by_tokens(sequences, batch_tokens, extra=max_new_tokens):
-        inputs = model_inputs(policy, rows, "left")
+
+    def __init__(self, policy: Policy, sequences: list[Sequence]):
+        """The sequences are prompts, of at least two tokens. Runs the vision tower and one forward pass."""
+        self.policy, self.rows = policy, sequences
+        numbers, prompts, self.prompt_of = {}, [], []
+        for s in sequences:
+            start = (*s.ids, *map(id, s.images))
+            if start not in numbers:
+                numbers[start] = len(prompts)
+                prompts.append(s)
+            self.prompt_of.append(numbers[start])
+        self.seen = [len(s.ids) - 1 for s in sequences]  # ids of a row that are encoded, in its prompt or in the cache
+        self.num_images = [len(s.images) for s in sequences]  # and images
+        self.cache = DynamicCache(config=policy.model.config)
+        self.filled = torch.zeros(len(sequences), 0, dtype=torch.bool, device=policy.device)
+        inputs = model_inputs(policy, prompts, "left")
+        inputs |= {name: inputs[name][..., :-1] for name in ("input_ids", "attention_mask", "position_ids")}
+        with torch.no_grad():
+            encoded = policy.model.model(**inputs, past_key_values=DynamicCache(config=policy.model.config)).past_key_values
+        self.prompts = [(layer.keys, layer.values) for layer in encoded.layers]  # (P, key heads, L, d) each
+        padding = inputs["attention_mask"][:, None, None] == 0  # (P, 1, 1, L)
+        self.prompt_padding = padding if padding.any() else None
+
+    @torch.no_grad()
+    def sample(self, live: list[Sequence], max_new_tokens: int, temperature: float) -> list[tuple[list[int], list[float]]]:
+        """One turn for each of `live`: [(ids with `<|im_end|>` if it was reached, log-probs in nats), ...].
+
+        `live` are sequences of the constructor that the caller has appended to; those that are missing are dropped for
+        good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from torch's
+        global generator.
+        """
+        self._keep([i for i, row in enumerate(self.rows) if any(row is each for each in live)])
+        inputs = self._unseen_inputs()
         recorder = LogpRecorder(temperature or 1.0)
         law = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-        config = GenerationConfig(**law, repetition_penalty=1.0, max_new_tokens=max_new_tokens, eos_token_id=policy.end_id,
-                                  pad_token_id=policy.tokenizer.pad_token_id, suppress_tokens=policy.suppressed.tolist())
-        # synced_gpus would make ranks wait for the longest: parameters are gathered, so nobody has to.
-        output = policy.model.generate(**inputs, generation_config=config, logits_processor=[recorder],
-                                       synced_gpus=False)  # (B, T + new)
+        pad = self.policy.tokenizer.pad_token_id
+        config = GenerationConfig(**law, repetition_penalty=1.0, max_new_tokens=max_new_tokens, pad_token_id=pad,
+                                  eos_token_id=self.policy.end_id, suppress_tokens=self.policy.suppressed.tolist())
+        with self._prompts_shared():
+            # synced_gpus would make ranks wait for the longest: parameters are gathered, so nobody has to.
+            output = self.policy.model.generate(**inputs, past_key_values=self.cache, generation_config=config,
+                                                logits_processor=[recorder], synced_gpus=False)  # (B, unseen + new)
         recorder.take(output[:, -1])
         new = output[:, inputs["input_ids"].shape[1]:].tolist()
         logps = torch.stack(recorder.steps, dim=1).tolist()  # (B, new)
-        for ids, row_logps in zip(new, logps):
-            length = ids.index(policy.end_id) + 1 if policy.end_id in ids else len(ids)
-            results.append((ids[:length], row_logps[:length]))
-    return results
+        lengths = [ids.index(self.policy.end_id) + 1 if self.policy.end_id in ids else len(ids) for ids in new]
+        self._note(inputs, lengths, len(new[0]) - 1)
+        return [(ids[:length], row_logps[:length]) for ids, row_logps, length in zip(new, logps, lengths)]
+
+    def _unseen_inputs(self):
+        """Inputs of `generate`: of each row what neither its prompt nor the cache holds, padded on the left."""
+        inputs = model_inputs(self.policy, self.rows, "left")
+        unseen = torch.tensor([len(row.ids) - seen for row, seen in zip(self.rows, self.seen)], device=self.policy.device)
+        width = int(unseen.max())
+        mask = torch.arange(width, device=unseen.device) >= width - unseen[:, None]  # (B, width)
+        ids = inputs["input_ids"][:, -width:].masked_fill(~mask, self.policy.tokenizer.pad_token_id)  # no placeholder twice
+        images = [image for row, seen in zip(self.rows, self.num_images) for image in row.images[seen:]]
+        return {"input_ids": ids, "attention_mask": torch.cat([self.filled, mask], dim=1).long(),
+                "position_ids": inputs["position_ids"][:, :, -width:], **image_inputs(self.policy, images)}
+
+    def _note(self, inputs, lengths, steps):
+        """What the cache holds after `generate`: the inputs, and all sampled tokens but the last step's."""
+        sampled = torch.tensor(lengths, device=self.policy.device)[:, None]
+        fed = torch.arange(steps, device=self.policy.device) < sampled  # (B, steps)
+        self.filled = torch.cat([inputs["attention_mask"].bool(), fed], dim=1)
+        self.seen = [len(row.ids) + min(length, steps) for row, length in zip(self.rows, lengths)]
+        self.num_images = [len(row.images) for row in self.rows]
+
+    def _keep(self, indices):
+        """Drop the rows of ended rollouts and prompts without rows, and close the holes: tokens move to the right end."""
+        if self.filled.shape[1]:
+            filled = self.filled[indices]  # (B, S)
+            order = filled.int().argsort(dim=1, stable=True)[:, -int(filled.sum(dim=1).max()):]  # (B, S that are needed)
+            self.filled = filled.gather(1, order)
+            for layer in self.cache.layers:
+                layer.keys, layer.values = (x[indices].take_along_dim(order[:, None, :, None], dim=2)
+                                            for x in (layer.keys, layer.values))
+        else:
+            self.filled = self.filled[indices]
+        for name in ("rows", "prompt_of", "seen", "num_images"):
+            setattr(self, name, [getattr(self, name)[i] for i in indices])
+        alive = sorted(set(self.prompt_of))
+        if len(alive) < len(self.prompts[0][0]):
+            self.prompts = [(key[alive], value[alive]) for key, value in self.prompts]
+            self.prompt_padding = None if self.prompt_padding is None else self.prompt_padding[alive]
+            self.prompt_of = [alive.index(prompt) for prompt in self.prompt_of]
+
+    @contextmanager
+    def _prompts_shared(self):
+        """Inside, the attention layers of the language model see the prompts before the cache."""
+        group_size = max(Counter(self.prompt_of).values())
+        taken, slots = Counter(), []
+        for prompt in self.prompt_of:
+            slots.append(prompt * group_size + taken[prompt])
+            taken[prompt] += 1
+        dense = slots == [*range(len(self.prompts[0][0]) * group_size)]  # all groups are whole, and stand in order
+        slots = None if dense else torch.tensor(slots, device=self.policy.device)
+        layers = [layer.self_attn for layer in self.policy.model.model.language_model.layers]
+        for layer, (key, value) in zip(layers, self.prompts, strict=True):
+            layer.prompts = SharedPrompts(key, value, self.prompt_padding, slots, group_size)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.prompts = None
 
 
-def split_by_tokens(sequences: list[Sequence], budget: int, extra: int = 0) -> Iterator[list[Sequence]]:
-    """Cut into consecutive runs with rows × (longest + extra) <= budget; a run has at least one row."""
-    rows, longest = [], 0
-    for s in sequences:
-        longest = max(longest, len(s.ids) + extra)
-        if rows and longest * (len(rows) + 1) > budget:
-            yield rows
-            rows, longest = [], len(s.ids) + extra
-        rows.append(s)
-    if rows:
-        yield rows
+def _group_attention(module, query, key, value, attention_mask, scaling, segments=None, **kwargs):
+    """Attention of a layer, as transformers calls it: packed with `segments`, sampling inside `_prompts_shared`, or plain."""
+    prompts = getattr(module, "prompts", None)
+    if segments is not None:
+        output = packed_attention(query, key, value, segments, scaling)
+    elif prompts is not None:
+        output = prompt_attention(query, key, value, attention_mask, prompts, scaling)
+    else:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return output.transpose(1, 2).contiguous(), None  # (B, T, heads, d)
 
 
 # --------------------------------------------------------------------------------------------------------------- score
 
 
-def score(policy: Policy, inputs: dict[str, torch.Tensor], action_mask: torch.Tensor,
-          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of every action token given all tokens before it, and the entropy there. Two (B, T) float32, 0 elsewhere.
+class PackedRow(Protocol):
+    """B sequences in one row of N tokens without padding, `prompt | sample | … | sample | prompt | …`; `rollout.Batch` is one.
 
-    inputs: as from `model_inputs`; action_mask (B, T) bool, False in the first column, which nothing predicts. Entry
-    [b, t] belongs to token t and is predicted at position t - 1.
+    T is the longest sample: entry [b, t] of a (B, T) tensor belongs to token t behind the prompt of sequence b.
     """
-    return policy.model.action_logps(inputs, action_mask, temperature, policy.suppressed)
+    inputs: dict[str, torch.Tensor]  # input_ids (1, N), position_ids (3, 1, N) int64, images as `image_inputs` has them
+    segments: Segments
+    targets: torch.Tensor  # (B, T) int64: the tokens
+    predictors: torch.Tensor  # (B, T) int64: where in the row each is predicted, that is, at the token before it
+    action_mask: torch.Tensor  # (B, T) bool: which are scored
 
 
-def _action_logps(model, inputs, action_mask, temperature, suppressed):
-    unused = 0.0 if "pixel_values" in inputs else 0 * _blank_features(model.model.visual, inputs["input_ids"].device)
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state + unused  # (B, T, H)
-    predicts = action_mask[:, 1:]  # (B, T - 1): position t - 1 predicts token t
-    values = token_logps(hidden[:, :-1][predicts], model.lm_head.weight, inputs["input_ids"][:, 1:][predicts],
-                         temperature=temperature, suppressed=suppressed)
-    empty = torch.zeros(action_mask.shape, dtype=torch.float32, device=hidden.device)
-    return tuple(empty.masked_scatter(action_mask, v) for v in values)
+def score(policy: Policy, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of every action token given all tokens before it, and the entropy there. Two (B, T) float32, 0 elsewhere."""
+    return policy.model.action_logps(row, temperature, policy.suppressed)
+
+
+def _action_logps(model, row, temperature, suppressed):
+    mask = row.action_mask
+    unused = 0.0 if "pixel_values" in row.inputs else 0 * _blank_features(model.model.visual, mask.device)
+    # Who sees whom is said by the segments; given a dict, transformers makes no mask of its own.
+    hidden = model.model(**row.inputs, attention_mask={"full_attention": None}, segments=row.segments,
+                         use_cache=False).last_hidden_state[0] + unused  # (N, H)
+    values = token_logps(hidden[row.predictors[mask]], model.lm_head.weight, row.targets[mask], temperature=temperature,
+                         suppressed=suppressed)
+    empty = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
+    return tuple(empty.masked_scatter(mask, v) for v in values)
 
 
 def _blank_features(visual, device):

@@ -9,18 +9,21 @@ model thinks with a growing list of images, none is replaced.
 
 Rollouts know nothing of rewards: the caller scores them, and evaluation uses them as training does.
 
-Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens.
+Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, N tokens of a packed row.
 """
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 
-from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, generate, model_inputs,
-                   split_by_tokens)
+from grpo import Segments
+from model import (Decoder, EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, image_inputs,
+                   model_inputs)
 from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, parse_action
 
 # What stands after the question. `short` is for the laptop model, which learnt the form from demonstrations.
@@ -46,6 +49,7 @@ rotation180, dark, overexposure, blur, noise, crop, none (crop: the question is 
 TIP_REPAIR = "Write the code."
 TIP_NONE = "Answer the question."
 IMAGE_READY = "The processed image."
+MAX_KEPT = 4 << 30  # bytes of patches of tasks' images that a rank keeps
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Limits:
     max_tokens: int = 8192  # prompt, actions and observations together
     max_observation_tokens: int = 1024  # of a tool's text; a longer one is cut, with a mark
     max_images: int = 6  # in the context, the prompt's included
-    batch_tokens: int = 16384  # rows × length of one `generate` call
+    batch_tokens: int = 16384  # rows played side by side × max_tokens: bounds their keys and values
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,14 @@ class Rollout:
 
 @dataclass
 class Batch:
-    """B rollouts, padded on the right to T tokens."""
-    inputs: dict[str, torch.Tensor]  # as `model_inputs` makes them
+    """B rollouts in one row of N tokens without padding; a prompt that neighbours share stands in it once (`model.PackedRow`).
+
+    The (B, T) tensors begin behind each rollout's prompt and are padded on the right.
+    """
+    inputs: dict[str, torch.Tensor]  # input_ids (1, N), position_ids (3, 1, N), images in the order of the row
+    segments: Segments  # tokens of each prompt, and of each of its samples
+    targets: torch.Tensor  # (B, T) int64
+    predictors: torch.Tensor  # (B, T) int64: the place in the row whose output predicts the token
     action_mask: torch.Tensor  # (B, T) bool
     sampled_logps: torch.Tensor  # (B, T) float32, nats
     advantages: torch.Tensor  # (B,) float32
@@ -117,12 +127,27 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
     source of actions (a recorded chain, a demonstrator); it gets the live rollouts and returns (ids, log-probs) for each.
     Raises ValueError, naming the task, if a prompt leaves no room for one turn.
     """
-    if sampler is None:
-        def sampler(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
-            return generate(policy, live, max_new_tokens=limits.max_new_tokens, temperature=temperature,
-                            batch_tokens=limits.batch_tokens)
     rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
     seconds = {"generate": 0.0, "tools": 0.0}
+    rows = max(1, limits.batch_tokens // limits.max_tokens)
+    for start in range(0, len(rollouts), rows):
+        part = rollouts[start:start + rows]
+        _play(policy, part, tools, limits, sampler or _sampler(policy, part, limits, temperature), seconds)
+    return rollouts, seconds
+
+
+def _sampler(policy, rollouts, limits, temperature):
+    decoder = None
+
+    def sample(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
+        nonlocal decoder
+        decoder = decoder or Decoder(policy, rollouts)  # not before: encoding the prompts counts as generating
+        return decoder.sample(live, limits.max_new_tokens, temperature)
+    return sample
+
+
+def _play(policy, rollouts, tools, limits, sampler, seconds):
+    """Turn by turn until all have ended; adds to the seconds."""
     for turn in range(limits.max_turns):
         live = [r for r in rollouts if r.stop is None]
         if not live:
@@ -136,16 +161,11 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
         for rollout, (result, text, picture) in zip(acting, _observe(policy, acting, tools, limits), strict=True):
             _append_observation(policy, rollout, result, text, picture, limits)
         seconds["tools"] += time.perf_counter() - start
-    return rollouts, seconds
 
 
 def _open(policy, task, limits, group_size, prompt):
-    """group_size fresh rollouts of one task; its image is loaded and encoded once."""
-    picture, image = None, None
-    if task["image"] is not None:
-        picture = task["image"] if isinstance(task["image"], Image.Image) else Image.open(task["image"])
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
-        image = encode_image(policy, picture)
+    """group_size fresh rollouts of one task."""
+    picture, image = (None, None) if task["image"] is None else _load_image(policy, task["image"])
     ids = encode_prompt(policy, task["question"] + PROMPTS[prompt][task["family"]], image)
     if len(ids) + limits.max_new_tokens > limits.max_tokens:
         raise ValueError(f"task {task['id']}: its prompt has {len(ids)} tokens and leaves no room for a turn of "
@@ -153,6 +173,18 @@ def _open(policy, task, limits, group_size, prompt):
     pictures, images = ([], []) if image is None else ([picture], [image])
     return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images), list(pictures))
             for _ in range(group_size)]
+
+
+def _load_image(policy, image):
+    """(picture, encoded) of a picture, or of a path: kept for the next time as long as memory is cheap."""
+    is_path = not isinstance(image, Image.Image)
+    if is_path and image in policy.images:
+        return policy.images[image]
+    picture = ImageOps.exif_transpose(Image.open(image) if is_path else image).convert("RGB")
+    encoded = encode_image(policy, picture)
+    if is_path and sum(known.pixels.nbytes for _, known in policy.images.values()) < MAX_KEPT:
+        policy.images[image] = picture, encoded
+    return picture, encoded
 
 
 def _append_action(policy, rollout, ids, logps, last):
@@ -260,20 +292,50 @@ def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:
 
 
 def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) -> Batch:
-    """Pad B rollouts to one batch; advantages are in their order. Images stay with the row that they belong to."""
-    inputs = model_inputs(policy, rollouts, "right")
-    length = inputs["input_ids"].shape[1]
-    mask = torch.tensor([r.action_mask + [0] * (length - len(r.ids)) for r in rollouts], device=policy.device)
-    logps = torch.tensor([r.logps + [0.0] * (length - len(r.ids)) for r in rollouts], device=policy.device)
-    return Batch(inputs, mask.bool(), logps, torch.tensor(advantages, dtype=torch.float32, device=policy.device))
+    """Pack B rollouts into one batch; advantages are in their order. Every rollout has sampled at least one token.
+
+    Neighbours of the same prompt share it, so that G of them cost P + G·C tokens instead of G·(P + C).
+    """
+    positions = model_inputs(policy, rollouts, "right")["position_ids"]  # (3, B, longest)
+    ids, places, images, segments, targets, predictors = [], [], [], [], [], []
+    for (prompt, shown), group in groupby(enumerate(rollouts), key=lambda row: _prompt(policy, row[1])):
+        group, length = list(group), len(prompt)
+        places.append(positions[:, group[0][0], :length])
+        images += group[0][1].images[:len(shown)]
+        ids += prompt
+        last = len(ids) - 1  # predicts the first token of every sample
+        for b, rollout in group:
+            sample = rollout.ids[length:]
+            predictors.append(torch.tensor([last, *range(len(ids), len(ids) + len(sample) - 1)]))
+            targets.append(torch.tensor(sample))
+            places.append(positions[:, b, length:len(rollout.ids)])
+            images += rollout.images[len(shown):]
+            ids += sample
+        segments.append((length, [len(rollout.ids) - length for _, rollout in group]))
+    inputs = {"input_ids": torch.tensor([ids], device=policy.device), "position_ids": torch.cat(places, dim=1)[:, None]}
+    lengths = [len(ids) for ids in targets]
+    masks = [torch.tensor(r.action_mask[-n:]) for r, n in zip(rollouts, lengths)]
+    logps = [torch.tensor(r.logps[-n:]) for r, n in zip(rollouts, lengths)]
+    targets, predictors, mask, logps = (pad_sequence(rows, batch_first=True).to(policy.device)  # (B, T)
+                                        for rows in (targets, predictors, masks, logps))
+    return Batch(inputs | image_inputs(policy, images), segments, targets, predictors, mask.bool(), logps,
+                 torch.tensor(advantages, dtype=torch.float32, device=policy.device))
+
+
+def _prompt(policy, rollout):
+    """What makes two prompts one: their ids, and the very same images."""
+    ids = rollout.ids[:rollout.action_mask.index(1)]
+    return ids, [id(image) for image in rollout.images[:ids.count(policy.model.config.vision_start_token_id)]]
 
 
 def micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list[float], tokens: int) -> list[Batch]:
-    """Cut rollouts into batches of at most `tokens` (rows × longest), those of like length together to save padding."""
-    by_length = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].ids))
-    batches, at = [], 0
-    for rows in split_by_tokens([rollouts[i] for i in by_length], tokens):
-        chosen = by_length[at:at + len(rows)]
-        batches.append(collate(policy, rows, [advantages[i] for i in chosen]))
-        at += len(rows)
-    return batches
+    """Cut rollouts, in their order, into batches of at most `tokens` packed tokens; one that is longer stands alone."""
+    cuts, packed, prompt = [0], 0, None
+    for i, rollout in enumerate(rollouts):
+        length = rollout.action_mask.index(1)
+        new = len(rollout.ids) if _prompt(policy, rollout) != prompt else len(rollout.ids) - length
+        if i > cuts[-1] and packed + new > tokens:
+            cuts.append(i)
+            packed, new = 0, len(rollout.ids)
+        packed, prompt = packed + new, _prompt(policy, rollout)
+    return [collate(policy, rollouts[a:b], advantages[a:b]) for a, b in zip(cuts, [*cuts[1:], len(rollouts)])]

@@ -30,10 +30,10 @@ from transformers.utils import logging as hf_logging
 
 from evaluate import load_tasks, success_rates
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
-from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, export, gather, gathered, load_policy,
+from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, copy_policy, export, gather, gathered, load_policy,
                    pick_device, score, start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
-from rollout import PROMPTS, Limits, Rollout, Tools, is_lost, micro_batches, roll_out, rollout_row
+from rollout import PROMPTS, Limits, Rollout, Tools, collate, is_lost, micro_batches, roll_out, rollout_row
 from tools import CodeTool, SearchTool, parse_action
 
 
@@ -71,6 +71,9 @@ class Config:
     lr_decay: float = flag(0.8, "share of lr lost by the last update, on a line, 0 to 1; the released code: 1")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     beta: float = flag(0.04, "weight of the KL to the starting model; 0 loads no reference")
+    updates_per_batch: int = flag(1, "optimizer steps on the same rollouts; beyond the first, ratios leave 1 and are clipped")
+    clip_low: float = flag(0.2, "ratios below 1 - clip_low gain nothing; needs updates_per_batch above 1")
+    clip_high: float = flag(0.2, "ratios above 1 + clip_high gain nothing (dapo: 0.28)")
     loss: str = flag("grpo", f"one of {', '.join(LOSSES)}")
     rewards: str = flag("", "weights of reward parts, like accuracy=1,problem=0.5; others keep their default")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
@@ -95,7 +98,7 @@ class Config:
             raise ValueError(f"--group_size {self.group_size}: a group of one has no advantage; give at least 2")
         positive = ("steps", "prompts_per_step", "max_turns", "max_new_tokens", "temperature", "lr", "save_every",
                     "rollouts_every", "micro_batch_tokens", "batch_tokens", "max_images", "topk", "code_workers",
-                    "max_observation_tokens")
+                    "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -147,41 +150,52 @@ def reference_logps(reference: Policy | None, batches: list, temperature: float)
     """Log-probs of the starting model for every micro-batch, (B, T) nats each, or None without a reference."""
     if reference is None:
         return [None] * len(batches)
-    return [score(reference, batch.inputs, batch.action_mask, temperature)[0] for batch in batches]
+    logps = [score(reference, batch, temperature)[0] for batch in batches]
+    reference.model.reshard()  # the root stays whole after a forward
+    return logps
 
 
 def even_micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list[float], tokens: int) -> tuple[list, int]:
     """(micro-batches, how many of them count): ranks run the same number, or the collectives of FSDP would mispair.
 
-    The batches that fill up repeat the first one and are given zero weights by `update`.
+    The batches that fill up hold one rollout and are given zero weights by `update`.
     """
     batches = micro_batches(policy, rollouts, advantages, tokens)
     most = int(all_reduce({"n": len(batches)}, dist.ReduceOp.MAX)["n"])
-    return batches + batches[:1] * (most - len(batches)), len(batches)
+    return batches + [collate(policy, rollouts[:1], advantages[:1])] * (most - len(batches)), len(batches)
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_real: int, ref_logps: list,
            config: Config) -> dict[str, float]:
-    """One optimizer step on all micro-batches of all ranks; returns the metrics of the update, the same on all ranks."""
+    """The optimizer steps of a batch, on all micro-batches of all ranks; returns the metrics, the same on all ranks.
+
+    They are those of the last step, `gap` apart, which is the first one's. Before it the policy is still the one that sampled:
+    the log-probs of that pass are the old ones of the next.
+    """
     real = batches[:num_real]
     counts = all_reduce({"rollouts": sum(len(b.advantages) for b in real),
                          "tokens": sum(int(b.action_mask.sum()) for b in real)})
-    sums, gap = {"loss": 0.0, "kl": 0.0, "entropy": 0.0}, 0.0
+    old_logps, gap = [None] * len(batches), 0.0
     policy.model.train()
-    for i, (batch, ref) in enumerate(zip(batches, ref_logps, strict=True)):
-        policy.model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients meet once an update
-        logps, entropy = score(policy, batch.inputs, batch.action_mask, config.temperature)  # (B, T)
-        weights = token_weights(batch.action_mask, config.loss, num_rollouts=counts["rollouts"],
-                                num_tokens=counts["tokens"], max_tokens=config.max_turns * config.max_new_tokens)
-        weights = weights * (i < num_real)  # (B, T); 0 for a batch that only fills up
-        loss, parts = policy_loss(logps, batch.advantages, weights, ref_logps=ref, beta=config.beta)
-        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
-        for name, value in {"loss": loss, "kl": parts["kl"], "entropy": (weights * entropy).sum()}.items():
-            sums[name] += value.item()
-        gap = max(gap, ((logps - batch.sampled_logps).abs() * batch.action_mask).max().item())
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    for _ in range(config.updates_per_batch):
+        sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "clipped": 0.0}
+        for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
+            policy.model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients meet once an update
+            logps, entropy = score(policy, batch, config.temperature)  # (B, T)
+            weights = token_weights(batch.action_mask, config.loss, num_rollouts=counts["rollouts"],
+                                    num_tokens=counts["tokens"], max_tokens=config.max_turns * config.max_new_tokens)
+            weights = weights * (i < num_real)  # (B, T); 0 for a batch that only fills up
+            loss, parts = policy_loss(logps, batch.advantages, weights, old_logps=old, ref_logps=ref, beta=config.beta,
+                                      clip_low=config.clip_low, clip_high=config.clip_high)
+            (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
+            for name, value in {"loss": loss, **parts, "entropy": (weights * entropy).sum()}.items():
+                sums[name] += value.item()
+            if old is None:
+                old_logps[i] = logps.detach()
+                gap = max(gap, ((logps - batch.sampled_logps).abs() * batch.action_mask).max().item())
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
     policy.model.eval()
     return {**all_reduce(sums), **all_reduce({"gap": gap}, dist.ReduceOp.MAX), "tokens": counts["tokens"],
             "grad_norm": getattr(grad_norm, "full_tensor", lambda: grad_norm)().item()}
@@ -344,7 +358,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     out, lead = Path(config.output_dir), dist.get_rank() == 0
     options = {"shard": True, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     policy = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing, **options)
-    reference = load_policy(config.model, **options) if config.beta > 0 else None
+    reference = copy_policy(policy) if config.beta > 0 else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
     if lead:
         (out / "rollouts").mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,7 @@ def cross_entropy_step(policy, optimizer, rows, caption_weight):
     for name, weight in (("caption", caption_weight), ("demonstration", 1.0)):
         part = [r for r in rows if bool(r.turns) == (name == "demonstration")]
         for batch in micro_batches(policy, part, [0.0] * len(part), 8192):
-            logps, _ = score(policy, batch.inputs, batch.action_mask, 1.0)
+            logps, _ = score(policy, batch, 1.0)
             (-weight * logps.sum() / len(rows)).backward()
             sums[name] -= logps.sum().item()
             counts[name] += int(batch.action_mask.sum())
@@ -181,9 +181,10 @@ def print_unsure_tokens(policy, rollouts):
     """Tokens of demonstrations that the model is unsure of, with their probability in percent: the decisions not yet learnt."""
     for r in rollouts:
         batch = collate(policy, [r], [0.0])
-        logps = score(policy, batch.inputs, batch.action_mask, 1.0)[0][0].tolist()
+        logps = score(policy, batch, 1.0)[0][0].tolist()
         print("  ", " ".join(f"{policy.tokenizer.decode([i])!r}:{100 * math.exp(p):.0f}"
-                             for i, p, m in zip(r.ids, logps, r.action_mask) if m and p < -0.2), flush=True)
+                             for i, p, m in zip(batch.targets[0].tolist(), logps, batch.action_mask[0]) if m and p < -0.2),
+              flush=True)
 
 
 def success(policy, code_tool, num):

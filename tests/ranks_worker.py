@@ -15,7 +15,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from model import export, gathered, generate, load_policy, score  # noqa: E402
+from model import Decoder, copy_policy, export, gathered, load_policy, score  # noqa: E402
 from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
 from tools import CodeTool  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
@@ -62,7 +62,7 @@ def play(policy, rank):
     recorded = replay(policy, lambda _: ["</think>" + turn for turn in chain])
 
     def sampler(live):
-        sampled = generate(policy, live, max_new_tokens=6, temperature=1.0, batch_tokens=2048)
+        sampled = Decoder(policy, live).sample(live, 6, 1.0)
         thoughts = [(ids[:-1], logps[:-1]) if ids[-1] == policy.end_id else (ids, logps) for ids, logps in sampled]
         return [(ids + action, logps + zeros) for (ids, logps), (action, zeros) in zip(thoughts, recorded(live))]
 
@@ -84,7 +84,7 @@ def sample(folder, whole):
     recorded = replay(whole, lambda _: CHAIN[-1:])
     batch = collate(policy, roll_out(whole, [task(0, "Why?")], Tools(), LIMITS, sampler=recorded)[0], [0.0])
     with torch.no_grad():
-        logps = [score(p, batch.inputs, batch.action_mask, 1.0)[0] for p in (policy, whole)]
+        logps = [score(p, batch, 1.0)[0] for p in (policy, whole)]
     return {"sharded": played, "whole": play(whole, dist.get_rank()), "left": left, "here": spread, "logps": logps}
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -18,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from model import (EncodedImage, check_model, encode_image, encode_observation, encode_prompt, encode_text, export, generate,
-                   image_tokens, load_policy, model_inputs, score, split_by_tokens)
+from model import (Decoder, EncodedImage, check_model, encode_image, encode_observation, encode_prompt, encode_text, export,
+                   image_tokens, load_policy, model_inputs, score)
+from rollout import collate
 
 V, V_PADDED = 804, 832  # ids of the laptop tokenizer; rows of the embedding, padded as the hub pads 151,665 to 151,936
 END, PAD, IMAGE = 790, 791, 802
@@ -397,12 +399,17 @@ def test_positions_in_a_batch_are_those_of_the_sequence_alone(hub, plain, rows, 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
+def sample(policy, batch, max_new_tokens, temperature):
+    """One turn for each row."""
+    return Decoder(policy, batch).sample(batch, max_new_tokens, temperature)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("names", [["text"], ["image"], ["images"], ["long", "image", "text", "images", "text"]], ids="+".join)
 def test_tokens_are_sampled_from_the_law_of_the_plain_model(hub, plain, rows, names, temperature):
     torch.manual_seed(0)
     batch = [rows[name] for name in names]
-    for row, (ids, logps) in zip(batch, generate(hub, batch, max_new_tokens=8, temperature=temperature, batch_tokens=9999),
+    for row, (ids, logps) in zip(batch, sample(hub, batch, 8, temperature),
                                  strict=True):
         law = plain_law(plain, Row(row.ids + ids, row.images), temperature)
         expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
@@ -415,8 +422,7 @@ def test_samples_are_as_frequent_as_they_are_probable(hub, plain, rows, temperat
     # The defaults of the hub would draw one token 1,000 times; top-k and top-p would never draw from the last twentieth.
     torch.manual_seed(0)
     row, count = rows["text"], 1000
-    drawn = [ids[0] for ids, _ in generate(hub, [row] * count, max_new_tokens=1, temperature=temperature,
-                                          batch_tokens=9999)]
+    drawn = [ids[0] for ids, _ in sample(hub, [row] * count, 1, temperature)]
     chances, order = plain_law(plain, row, temperature)[-1].exp().sort(descending=True)
     group_of = torch.bucketize(chances.cumsum(0), torch.tensor([0.25, 0.5, 0.75, 0.95]))  # the likeliest first
     for group in range(5):
@@ -427,28 +433,27 @@ def test_samples_are_as_frequent_as_they_are_probable(hub, plain, rows, temperat
 
 
 def test_samples_of_one_prompt_differ_and_a_seed_repeats_them(hub, rows):
-    def sample(seed):
+    def seeded(seed):
         torch.manual_seed(seed)
-        return generate(hub, [rows["image"]] * 8, max_new_tokens=8, temperature=1.0, batch_tokens=9999)
-    first = sample(0)
+        return sample(hub, [rows["image"]] * 8, 8, 1.0)
+    first = seeded(0)
     assert len({tuple(ids) for ids, _ in first}) == 8
-    assert sample(0) == first
-    assert sample(1) != first
+    assert seeded(0) == first
+    assert seeded(1) != first
 
 
 def test_temperature_zero_takes_the_likeliest_token_and_reports_log_probs_at_one(hub, plain, rows):
-    for row, (ids, logps) in zip(rows.values(), generate(hub, [*rows.values()], max_new_tokens=6, temperature=0.0,
-                                                         batch_tokens=9999)):
+    for row, (ids, logps) in zip(rows.values(), sample(hub, [*rows.values()], 6, 0.0)):
         law = plain_law(plain, Row(row.ids + ids, row.images))[len(row.ids) - 1:-1]
         assert law.argmax(dim=1).tolist() == ids
         assert torch.allclose(torch.tensor(logps), law.max(dim=1).values, atol=TOLERANCE)
 
 
-def test_cutting_the_batch_changes_no_result_and_no_order(hub, rows):
+def test_a_row_is_sampled_among_others_as_alone(hub, rows):
     batch = [rows[name] for name in ("long", "text", "images", "text", "image")]
-    whole, cut = (generate(hub, batch, max_new_tokens=4, temperature=0.0, batch_tokens=n) for n in (9999, 1))
-    assert [ids for ids, _ in whole] == [ids for ids, _ in cut]
-    assert torch.allclose(torch.tensor([p for _, p in whole]), torch.tensor([p for _, p in cut]), atol=TOLERANCE)
+    together, alone = sample(hub, batch, 4, 0.0), [sample(hub, [row], 4, 0.0)[0] for row in batch]
+    assert [ids for ids, _ in together] == [ids for ids, _ in alone]
+    assert torch.allclose(torch.tensor([p for _, p in together]), torch.tensor([p for _, p in alone]), atol=TOLERANCE)
 
 
 @pytest.fixture
@@ -467,8 +472,7 @@ def test_no_special_token_is_sampled_even_where_it_is_the_likeliest(biased, hub,
     results = []
     for policy in (biased, hub):
         torch.manual_seed(0)
-        results.append(generate(policy, [rows["text"], rows["image"]] * 4, max_new_tokens=8, temperature=temperature,
-                                batch_tokens=9999))
+        results.append(sample(policy, [rows["text"], rows["image"]] * 4, 8, temperature))
     assert not {i for ids, _ in results[0] for i in ids} & {*range(791, 832)}
     assert [ids for ids, _ in results[0]] == [ids for ids, _ in results[1]]  # nor do they draw chance away from the others
     for (_, logps), (_, expected) in zip(*results):
@@ -479,7 +483,7 @@ def test_a_row_ends_with_its_end_token_while_others_go_on(biased, rows):
     torch.manual_seed(0)
     with torch.no_grad():
         biased.model.lm_head.bias[END] = 5.0
-    results = generate(biased, [rows["text"], rows["image"]] * 8, max_new_tokens=10, temperature=1.0, batch_tokens=9999)
+    results = sample(biased, [rows["text"], rows["image"]] * 8, 10, 1.0)
     assert {len(ids) for ids, _ in results} >= {2, 4, 10}  # some end soon, some never
     for row, (ids, logps) in zip([rows["text"], rows["image"]] * 8, results):
         assert END not in ids[:-1] and PAD not in ids
@@ -489,66 +493,100 @@ def test_a_row_ends_with_its_end_token_while_others_go_on(biased, rows):
         assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)  # the end token's own among them
 
 
-def test_rows_are_cut_into_consecutive_runs_within_the_budget():
-    rows = [Row([0] * n) for n in (3, 3, 2, 5, 1, 1, 1, 9, 1)]
-    def lengths(budget, extra=0):
-        return [[len(r.ids) for r in run] for run in split_by_tokens(rows, budget, extra)]
-    assert lengths(10) == [[3, 3, 2], [5, 1], [1, 1], [9], [1]]  # 3 × 3, 2 × 5, 2 × 1, 9, 1
-    assert lengths(9) == [[3, 3, 2], [5], [1, 1, 1], [9], [1]]
-    assert lengths(1) == [[3], [3], [2], [5], [1], [1], [1], [9], [1]]  # never an empty run
-    assert lengths(81) == [[3, 3, 2, 5, 1, 1, 1, 9, 1]]
-    assert lengths(14, extra=4) == [[3, 3], [2], [5], [1, 1], [1], [9], [1]]  # 2 × 7, 6, 9, 2 × 5, 5, 13, 5
-    assert [*split_by_tokens([], 10)] == []
+class Growing(SimpleNamespace):
+    """A sequence that is appended to between turns; `law` is that of the plain model for all it holds."""
+
+    def append(self, ids, images=()):
+        self.ids, self.images = self.ids + ids, self.images + [*images]
+
+
+@pytest.mark.parametrize("end_bias", [0.0, 4.0])  # the same length for all, or ragged
+def test_turns_continue_from_keys_and_values_as_from_the_whole_sequence(biased, rows, end_bias):
+    """Three turns of two groups with observations of unlike lengths, new images, and rows that leave: sampled from the law
+    that a full encoding gives. Logits to 1e-4."""
+    policy, plain = biased, biased.model
+    with torch.no_grad():
+        policy.model.lm_head.bias[END] = end_bias
+    torch.manual_seed(0)
+    live = [Growing(ids=list(rows[name].ids), images=list(rows[name].images)) for name in ["image"] * 3 + ["text"] * 3]
+    decoder, checked = Decoder(policy, live), 0
+    new_images = [encode_image(policy, picture(56 + 28 * i, 56, 10 + i)) for i in range(3)]
+    for turn in range(3):
+        for i, (row, (ids, logps)) in enumerate(zip(live, decoder.sample(live, 9, 1.0), strict=True)):
+            law = plain_law(plain, Row(row.ids + ids, row.images))
+            expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+            assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
+            checked += len(ids)
+            image = new_images[i % 3] if (i + turn) % 2 else None
+            row.append(ids)
+            row.append(encode_observation(policy, "Look. " * i, image), [image] * (image is not None))
+        live = live[:1] + live[2:] if turn == 0 else live[1:3]  # then a whole group leaves
+    assert checked == 9 * (6 + 5 + 2) or end_bias
+
+
+def test_the_cache_holds_no_more_than_the_live_rows_need(biased, rows):
+    with torch.no_grad():
+        biased.model.lm_head.bias[END] = 3.0
+    torch.manual_seed(0)
+    live = [Growing(ids=list(rows[name].ids), images=list(rows[name].images)) for name in ["image"] * 2 + ["text"] * 2]
+    starts = [len(row.ids) for row in live]
+    decoder = Decoder(biased, live)
+    assert [tuple(key.shape) for key, _ in decoder.prompts] == [(2, 2, len(rows["image"].ids) - 1, 32)] * 3  # one a group
+    for turn in range(4):
+        for row, (ids, _) in zip(live, decoder.sample(live, 12, 1.0)):
+            row.append(ids)
+            row.append([5] * (1 + 7 * turn))
+        live = live[:max(1, len(live) - 1)]
+    decoder.sample(live, 1, 1.0)
+    [row] = live
+    needed = len(row.ids) - starts[0] + 1  # its tokens, and the last one of its prompt
+    assert [tuple(layer.keys.shape) for layer in decoder.cache.layers] == [(1, 2, needed, 32)] * 3
+    assert len(decoder.prompts[0][0]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
-def scattered(inputs, rows):
-    """An action mask (B, T) with gaps, as of several turns: every token whose place in its own row is 2 to 5 modulo 7."""
-    mask = torch.zeros_like(inputs["input_ids"]).bool()
-    for b, row in enumerate(rows):
-        ids = torch.tensor(row.ids)
-        places = torch.arange(len(ids))
-        mask[b, inputs["attention_mask"][b].bool()] = (places > 0) & (places % 7 > 1) & (places % 7 < 6) & (ids < 791)
-    return mask
+def packed(policy, batch, masks=None):
+    """Rows as a batch. Without masks those that are scored have gaps, as of several turns: every token whose place in its
+    own row is 2 to 5 modulo 7."""
+    masks = masks or [[int(i % 7 in (2, 3, 4, 5) and row.ids[i] < 791) for i in range(len(row.ids))] for row in batch]
+    rollouts = [SimpleNamespace(ids=row.ids, images=row.images, action_mask=mask, logps=[0.0] * len(mask))
+                for row, mask in zip(batch, masks, strict=True)]
+    return collate(policy, rollouts, [0.0] * len(batch))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("names", [["text"], ["images"], ["image", "long", "text", "images"], ["long", "text"]], ids="+".join)
+@pytest.mark.parametrize("names", [["text"], ["images"], ["image", "long", "text", "images"], ["long", "text"],
+                                   ["images", "images", "text", "text"]], ids="+".join)
 @torch.no_grad()
-def test_scores_are_the_log_probs_of_the_plain_model(hub, plain, rows, names, side, temperature):
+def test_scores_are_the_log_probs_of_the_plain_model(hub, plain, rows, names, temperature):
     batch = [rows[name] for name in names]
-    inputs = model_inputs(hub, batch, side)
-    mask = scattered(inputs, batch)
-    logps, entropy = score(hub, inputs, mask, temperature)
+    row = packed(hub, batch)
+    logps, entropy = score(hub, row, temperature)
+    mask = row.action_mask
     assert (logps.shape, entropy.shape, logps.dtype, entropy.dtype) == (mask.shape, mask.shape, torch.float32, torch.float32)
     assert logps[~mask].count_nonzero() == entropy[~mask].count_nonzero() == 0
-    for b, row in enumerate(batch):
-        real = inputs["attention_mask"][b].bool()
-        law = plain_law(plain, row, temperature)[:-1]
-        chosen = mask[b, real][1:]
+    for b, each in enumerate(batch):
+        law = plain_law(plain, each, temperature)[:-1]
+        chosen = mask[b, :len(each.ids) - 2]  # the first token that is scored is the third
         assert chosen.sum() > 5
-        expected = law.gather(1, torch.tensor(row.ids)[1:, None])[:, 0][chosen]
-        surprise = -(law.exp() * law.clamp(min=-1e9)).sum(dim=1)[chosen]
-        assert torch.allclose(logps[b, real][1:][chosen], expected, atol=1e-5, rtol=1e-5)  # fp32; log-probs go to -30
-        assert torch.allclose(entropy[b, real][1:][chosen], surprise, atol=1e-5, rtol=1e-5)
+        expected = law.gather(1, torch.tensor(each.ids)[1:, None])[1:, 0][chosen]
+        surprise = -(law.exp() * law.clamp(min=-1e9)).sum(dim=1)[1:][chosen]
+        assert torch.allclose(logps[b, :len(each.ids) - 2][chosen], expected, atol=1e-5, rtol=1e-5)  # fp32; down to -30
+        assert torch.allclose(entropy[b, :len(each.ids) - 2][chosen], surprise, atol=1e-5, rtol=1e-5)
 
 
 def test_what_was_sampled_is_scored_the_same(hub, rows):
     torch.manual_seed(0)
     batch = [*rows.values()]
-    sampled = generate(hub, batch, max_new_tokens=12, temperature=0.9, batch_tokens=600)
+    sampled = sample(hub, batch, 12, 0.9)
     whole = [Row(row.ids + ids, row.images) for row, (ids, _) in zip(batch, sampled)]
-    inputs = model_inputs(hub, whole, "right")
-    mask = torch.zeros_like(inputs["input_ids"]).bool()
-    for b, (row, (ids, _)) in enumerate(zip(batch, sampled)):
-        mask[b, len(row.ids):len(row.ids) + len(ids)] = True
     with torch.no_grad():
-        logps, _ = score(hub, inputs, mask, 0.9)
+        row = packed(hub, whole, [[0] * len(row.ids) + [1] * len(ids) for row, (ids, _) in zip(batch, sampled)])
+        logps, _ = score(hub, row, 0.9)
     for b, (_, expected) in enumerate(sampled):
-        assert torch.allclose(logps[b][mask[b]], torch.tensor(expected), atol=TOLERANCE)
+        assert torch.allclose(logps[b][row.action_mask[b]], torch.tensor(expected), atol=TOLERANCE)
 
 
 def test_a_score_does_not_depend_on_what_comes_later(hub, rows):
@@ -556,60 +594,63 @@ def test_a_score_does_not_depend_on_what_comes_later(hub, rows):
     long = Row(short.ids + [5, 6, 7, 8], short.images)
     results = []
     for row in (short, long):
-        inputs = model_inputs(hub, [row], "right")
-        mask = torch.zeros_like(inputs["input_ids"]).bool()
-        mask[:, len(short.ids) - 5:len(short.ids)] = True
+        mask = [int(len(short.ids) - 5 <= i < len(short.ids)) for i in range(len(row.ids))]
         with torch.no_grad():
-            results.append(score(hub, inputs, mask, 1.0)[0][mask])
+            results.append(score(hub, packed(hub, [row], [mask]), 1.0)[0][0, :5])
     assert torch.allclose(*results, atol=1e-5)
 
 
-def test_the_gradient_of_a_score_is_that_of_the_plain_model(hub_folder, rows):
+def plain_gradient(model, batch, masks):
+    """Gradients of the sum of the masked tokens' log-probs, row by row, by the plain model."""
+    kept = [i for i in range(V_PADDED) if i not in SUPPRESSED]
+    for row, mask in zip(batch, masks):
+        ids = torch.tensor([row.ids])
+        vision = {} if not row.images else {
+            "pixel_values": torch.cat([i.pixels for i in row.images]),
+            "image_grid_thw": torch.tensor([i.grid for i in row.images]), "mm_token_type_ids": (ids == IMAGE).int()}
+        law = model(input_ids=ids, **vision).logits[0, :-1, kept].log_softmax(dim=1)  # 0 to 790: an id is its own place
+        chosen = torch.tensor(mask[1:]).bool()
+        law[chosen].gather(1, ids[0, 1:][chosen, None]).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_the_gradient_of_a_packed_group_is_that_of_the_plain_model_on_each_sample(hub_folder, rows):
+    """Two prompts, four samples of the first (one has images of its own, in a second turn), one of the other."""
     policy, model = load_policy(str(hub_folder)), Qwen2_5_VLForConditionalGeneration.from_pretrained(
         hub_folder, dtype=torch.float32).eval()
-    row = rows["image"]
-    inputs = model_inputs(policy, [row], "right")
-    mask = scattered(inputs, [row])
-    logps, _ = score(policy, inputs, mask, 1.0)
-    logps.sum().backward()
-    ids = torch.tensor([row.ids])
-    logits = model(input_ids=ids, pixel_values=row.images[0].pixels, image_grid_thw=torch.tensor([row.images[0].grid]),
-                   mm_token_type_ids=(ids == IMAGE).int()).logits[0, :-1]
-    kept = [i for i in range(V_PADDED) if i not in SUPPRESSED]
-    law = logits[:, kept].log_softmax(dim=1)  # 0 to 790: an id is its own place
-    law[mask[0, 1:]].gather(1, ids[0, 1:][mask[0, 1:], None]).sum().backward()
-    for (name, mine), theirs in zip(policy.model.named_parameters(), model.parameters(), strict=True):
-        assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, name  # fp32
-        assert theirs.grad.norm() > 0, name
+    image, text = rows["image"], rows["text"]
+    new = encode_image(policy, picture(84, 56, 7))
+    observation = encode_observation(policy, "The processed image.", new)
+    batch = [Row(image.ids + [5, 6, END], image.images), Row(image.ids + [7] * 9 + [END], image.images),
+             Row(image.ids + [8, 9, END] + observation + [11, 12, END], image.images + [new]),
+             Row(image.ids + [END], image.images), Row(text.ids + [5, 6, END])]
+    masks = [[0] * len(image.ids) + [1] * 3, [0] * len(image.ids) + [1] * 10,
+             [0] * len(image.ids) + [1] * 3 + [0] * len(observation) + [1] * 3, [0] * len(image.ids) + [1],
+             [0] * len(text.ids) + [1] * 3]
+    row = packed(policy, batch, masks)
+    assert row.segments == [(len(image.ids), [3, 10, 6 + len(observation), 1]), (len(text.ids), [3])]
+    assert row.inputs["input_ids"].shape[1] == len(image.ids) + 20 + len(observation) + len(text.ids) + 3
+    score(policy, row, 1.0)[0].sum().backward()
+    expected = plain_gradient(model, batch, masks)
+    for name, mine in policy.model.named_parameters():
+        assert expected[name].norm() > 0, name
+        assert (mine.grad - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-6, name  # fp32
 
 
 def test_a_batch_without_images_gives_the_vision_tower_a_gradient_of_zero(model_folder):
     policy = load_policy(str(model_folder))
-    inputs = model_inputs(policy, [Row([5, 6, 7, 8])], "right")
-    score(policy, inputs, torch.tensor([[False, False, True, True]]), 1.0)[0].sum().backward()
+    score(policy, packed(policy, [Row([5, 6, 7, 8])], [[0, 0, 1, 1]]), 1.0)[0].sum().backward()
     for parameter in policy.model.model.visual.parameters():
         assert parameter.grad is not None and parameter.grad.count_nonzero() == 0  # there is one, for FSDP to reduce
     assert policy.model.model.language_model.embed_tokens.weight.grad.norm() > 0
 
 
-@pytest.mark.parametrize("name", ["text", "image"])
-def test_a_batch_without_action_tokens_scores_zero_and_can_be_differentiated(hub_folder, rows, name):
-    policy = load_policy(str(hub_folder))
-    inputs = model_inputs(policy, [rows[name]], "right")
-    logps, entropy = score(policy, inputs, torch.zeros_like(inputs["input_ids"]).bool(), 1.0)
-    assert logps.count_nonzero() == entropy.count_nonzero() == 0
-    logps.sum().backward()
-    assert all(p.grad is not None and p.grad.count_nonzero() == 0
-               for p in policy.model.model.language_model.layers.parameters())
-
-
 def test_gradient_checkpointing_changes_no_score_and_no_gradient(hub_folder, rows):
-    row, results = rows["images"], []
+    results = []
     for checkpointing in (False, True):
         policy = load_policy(str(hub_folder), gradient_checkpointing=checkpointing)
         policy.model.train()
-        inputs = model_inputs(policy, [row], "right")
-        logps, _ = score(policy, inputs, scattered(inputs, [row]), 1.0)
+        logps, _ = score(policy, packed(policy, [rows["images"]]), 1.0)
         logps.sum().backward()
         results.append((logps.detach(), torch.cat([p.grad.flatten() for p in policy.model.parameters()])))
     (logps, gradient), (again_logps, again_gradient) = results
@@ -677,14 +718,13 @@ def test_two_layers_of_3b_learn_from_an_image_of_401_408_pixels(model_folder, tm
     image = encode_image(policy, picture(896, 448, 0))
     assert (image.grid, image_tokens(policy, image)) == ((1, 32, 64), 512)
     ids = [151644, 872, 198, 151652, *[151655] * 512, 151653, 3838, 30, 151645, 198, 151644, 77091, 198, 785, 4226, 151645]
-    inputs = model_inputs(policy, [Row(ids, [image])], "right")
-    mask = torch.tensor([[False] * (len(ids) - 3) + [True] * 3])
-    logps, entropy = score(policy, inputs, mask, 1.0)
+    row = packed(policy, [Row(ids, [image])], [[0] * (len(ids) - 3) + [1] * 3])
+    logps, entropy = score(policy, row, 1.0)
     logps.sum().backward()
     # With random weights the 151,652 ids left are about equally likely. ln 151,652 = 11.93; logits have a std of 0.9 and so
     # take half of 0.9² off the entropy; one log-prob may be off by a few std.
-    assert entropy[mask].tolist() == pytest.approx([11.52] * 3, abs=0.1)
-    assert logps[mask].tolist() == pytest.approx([-12.34] * 3, abs=4)
+    assert entropy[0].tolist() == pytest.approx([11.52] * 3, abs=0.1)
+    assert logps[0].tolist() == pytest.approx([-12.34] * 3, abs=4)
     embedding = policy.model.get_input_embeddings().weight.grad  # embedding and head in one
     for gradient in (embedding, policy.model.model.visual.patch_embed.proj.weight.grad,
                      policy.model.model.visual.blocks[1].mlp.down_proj.weight.grad,

@@ -1,6 +1,8 @@
 """rollout.py: what is appended, what is masked, when a rollout ends. The tools are real."""
 import json
+import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from build_index import index_corpus
 from grpo import token_weights
-from model import Policy, generate, image_tokens, load_policy, score
+from model import Decoder, Policy, image_tokens, load_policy, score
 from reward import f1_score
 from rollout import Limits, Tools, collate, micro_batches, replay, roll_out, rollout_row
 from tools import CodeTool, SearchTool
@@ -425,7 +427,7 @@ def taught(model_folder, tools):
     weights = token_weights(batch.action_mask, "dapo", num_rollouts=2, num_tokens=num_tokens, max_tokens=0)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=4e-3)
     for _ in range(200):
-        loss = -(weights * score(policy, batch.inputs, batch.action_mask, 1.0)[0]).sum()
+        loss = -(weights * score(policy, batch, 1.0)[0]).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -442,25 +444,36 @@ def test_sampler_and_scorer_are_one_law(taught):
     assert min(min(r.logps) for r in rollouts) < -1  # not all of it is learnt by heart
     batch = collate(policy, rollouts, [0.0] * 24)
     with torch.no_grad():
-        logps, _ = score(policy, batch.inputs, batch.action_mask, 0.8)
+        logps, _ = score(policy, batch, 0.8)
     # Sampling adds up with a cache and padding on the left, scoring in one pass: the sixth digit differs.
     assert (logps - batch.sampled_logps).abs().max() < 1e-4
 
 
-def test_collate_pads_on_the_right(policy):
-    rollouts = play(policy, [task(1), task(2, question="Why? Why? Why?")],
-                    {1: ["<answer> 7 </answer>"], 2: ["<answer> 7 </answer>"]})
-    short, long = (len(r.ids) for r in rollouts)
-    rollouts[0].logps[-1], rollouts[1].logps[-1] = -2.0, -3.0
-    batch = collate(policy, rollouts, [0.5, -0.5])
-    pad = policy.tokenizer.pad_token_id
-    assert batch.inputs["input_ids"].tolist() == [rollouts[0].ids + [pad] * (long - short), rollouts[1].ids]
-    assert batch.inputs["attention_mask"].tolist() == [[1] * short + [0] * (long - short), [1] * long]
-    assert batch.action_mask.tolist() == [[m == 1 for m in rollouts[0].action_mask] + [False] * (long - short),
-                                          [m == 1 for m in rollouts[1].action_mask]]
-    assert (batch.sampled_logps[0, short - 1], batch.sampled_logps[1, -1]) == (-2.0, -3.0)
-    assert batch.sampled_logps.count_nonzero() == 2
-    assert batch.advantages.tolist() == [0.5, -0.5]
+def test_a_packed_group_in_literal_ids(policy):
+    """p p | a a A | b B | p' | c C: a shared prompt with two samples, then another one."""
+    end = policy.end_id
+    def rollout(ids, mask, logps):
+        return SimpleNamespace(ids=ids, images=[], action_mask=mask, logps=logps)
+    rows = [rollout([10, 11, 20, 21, end], [0, 0, 1, 1, 1], [0.0, 0.0, -1.0, -2.0, -3.0]),
+            rollout([10, 11, 30, 40, end], [0, 0, 1, 0, 1], [0.0, 0.0, -4.0, 0.0, -5.0]),
+            rollout([12, 50, end], [0, 1, 1], [0.0, -6.0, -7.0])]
+    batch = collate(policy, rows, [0.5, -0.5, 0.25])
+    assert batch.inputs["input_ids"].tolist() == [[10, 11, 20, 21, end, 30, 40, end, 12, 50, end]]
+    assert batch.inputs["position_ids"].tolist() == [[[0, 1, 2, 3, 4, 2, 3, 4, 0, 1, 2]]] * 3
+    assert batch.segments == [(2, [3, 3]), (1, [2])]
+    assert batch.targets.tolist() == [[20, 21, end], [30, 40, end], [50, end, 0]]
+    assert batch.predictors.tolist() == [[1, 2, 3], [1, 5, 6], [8, 9, 0]]
+    assert batch.action_mask.tolist() == [[True] * 3, [True, False, True], [True, True, False]]
+    assert batch.sampled_logps.tolist() == [[-1.0, -2.0, -3.0], [-4.0, 0.0, -5.0], [-6.0, -7.0, 0.0]]
+    assert batch.advantages.tolist() == [0.5, -0.5, 0.25]
+    assert batch.inputs.keys() == {"input_ids", "position_ids"}
+
+
+def test_prompts_of_equal_text_but_other_images_are_not_shared(policy):
+    rollouts = [r for color in ((9, 9, 9), (200, 9, 9)) for r in
+                play(policy, [task(1, "Read it.", "coding", picture(color))], {1: ["<answer> 7 </answer>"]}, group_size=2)]
+    assert rollouts[0].ids == rollouts[2].ids
+    assert [len(samples) for _, samples in collate(policy, rollouts, [0.0] * 4).segments] == [2, 2]
 
 
 @pytest.fixture(scope="module")
@@ -479,27 +492,27 @@ def test_images_stay_with_their_rows(policy, mixed):
     order = [4, 0, 5, 2, 3, 1]
     rows = [mixed[i] for i in order]
     batch = collate(policy, rows, [0.0] * 6)
-    grids = [list(image.grid) for r in rows for image in r.images]
+    grids = [list(image.grid) for r in rows for image in r.images]  # no two rows share a prompt
     assert len(grids) == 6 and batch.inputs["image_grid_thw"].tolist() == grids
     assert torch.equal(batch.inputs["pixel_values"], torch.cat([image.pixels for r in rows for image in r.images]))
     with torch.no_grad():
-        together = score(policy, batch.inputs, batch.action_mask, 1.0)[0]
+        together = score(policy, batch, 1.0)[0]
         for row, r in enumerate(rows):
             alone = collate(policy, [r], [0.0])
-            logps = score(policy, alone.inputs, alone.action_mask, 1.0)[0][0]
-            torch.testing.assert_close(together[row, :len(r.ids)], logps, atol=1e-5, rtol=0)
+            logps = score(policy, alone, 1.0)[0][0]
+            torch.testing.assert_close(together[row, :len(logps)], logps, atol=1e-5, rtol=0)
 
 
 def test_every_image_matters_to_its_row_and_to_no_other(policy, mixed):
     black = [image._replace(pixels=torch.zeros_like(image.pixels)) for image in mixed[2].images]
     with torch.no_grad():
         before = collate(policy, mixed, [0.0] * 7)
-        logps = score(policy, before.inputs, before.action_mask, 1.0)[0]
+        logps = score(policy, before, 1.0)[0]
         for i in range(2):
             images = mixed[2].images[:i] + black[i:i + 1] + mixed[2].images[i + 1:]
             changed = [type(r)(**{**vars(r), "images": images}) if r is mixed[2] else r for r in mixed]
             after = collate(policy, changed, [0.0] * 7)
-            moved = (score(policy, after.inputs, after.action_mask, 1.0)[0] - logps).abs().amax(dim=1)
+            moved = (score(policy, after, 1.0)[0] - logps).abs().amax(dim=1)
             assert (moved > 1e-5).tolist() == [False, False, True, False, False, False, False]
 
 
@@ -513,22 +526,29 @@ def test_micro_batches_hold_every_rollout_once_with_its_advantage(policy, mixed,
     cut = micro_batches(policy, mixed, advantages, tokens)
     assert batches is None or len(cut) == batches
     assert batches is not None or 1 < len(cut) < 7
-    rows = []
+    assert [i for batch in cut for i in batch.inputs["input_ids"][0].tolist()] == [i for r in mixed for i in r.ids]
+    assert [a for batch in cut for a in batch.advantages.tolist()] == advantages
     for batch in cut:
-        size, length = batch.action_mask.shape
-        assert size == 1 or size * length <= tokens
-        starts = batch.inputs["attention_mask"].sum(dim=1).tolist()
-        ids = [tuple(row[:n]) for row, n in zip(batch.inputs["input_ids"].tolist(), starts)]
-        rows += zip(ids, batch.advantages.tolist(), strict=True)
-    assert sorted(rows) == sorted((tuple(r.ids), a) for r, a in zip(mixed, advantages))
+        assert len(batch.advantages) == 1 or batch.inputs["input_ids"].numel() <= tokens
+
+
+@pytest.mark.parametrize("tokens, cut", [(100_000, [[4, 4]]), (1, [[1]] * 8), (0, [[2], [2], [2], [2]])])
+def test_a_group_that_is_cut_repeats_its_prompt(policy, tokens, cut):
+    tasks = [task(1, "Why?"), task(2, "Why then?")]
+    rollouts = play(policy, tasks, dict.fromkeys((1, 2), ["<answer> 7 </answer>"]), group_size=4)
+    sample = len(rollouts[0].ids) - rollouts[0].action_mask.index(1)
+    batches = micro_batches(policy, rollouts, [0.0] * 8, tokens or len(rollouts[-1].ids) + sample)  # room for two
+    assert [[len(samples) for _, samples in batch.segments] for batch in batches] == cut
+    assert sum(batch.inputs["input_ids"].numel() for batch in batches) == 8 * sample + sum(
+        prompt for batch in batches for prompt, _ in batch.segments)
 
 
 def test_images_stay_with_their_rows_in_micro_batches(policy, mixed):
     with torch.no_grad():
         whole = collate(policy, mixed, [float(i) for i in range(7)])
-        expected = score(policy, whole.inputs, whole.action_mask, 1.0)[0]
+        expected = score(policy, whole, 1.0)[0]
         for batch in micro_batches(policy, mixed, [float(i) for i in range(7)], 300):
-            logps = score(policy, batch.inputs, batch.action_mask, 1.0)[0]
+            logps = score(policy, batch, 1.0)[0]
             for row, which in zip(logps, batch.advantages.int().tolist()):
                 torch.testing.assert_close(row, expected[which, :len(row)], atol=1e-5, rtol=0)
 
@@ -590,8 +610,27 @@ def test_recorded_chain_searches_twice(golden, policy, tmp_path):
     assert f1_score(rollout.answer, item["answers"]) == 1.0
 
 
-def test_generate_leaves_the_rollouts_as_they_are(policy, mixed):
+def test_sampling_leaves_the_rollouts_as_they_are(policy, mixed):
     before = [(list(r.ids), len(r.images)) for r in mixed]
     torch.manual_seed(0)
-    assert len(generate(policy, mixed, max_new_tokens=2, temperature=1.0, batch_tokens=300)) == 7
+    assert len(Decoder(policy, mixed).sample(mixed, 2, 1.0)) == 7
     assert [(r.ids, len(r.images)) for r in mixed] == before
+
+
+def test_a_task_image_is_read_and_encoded_once(policy, tmp_path):
+    path = str(tmp_path / "sign.png")
+    picture().save(path)
+    first = play(policy, task(1, "Read it.", "coding", path), ["<answer> 7 </answer>"])[0]
+    os.remove(path)
+    again = play(policy, task(1, "Read it.", "coding", path), ["<answer> 7 </answer>"])[0]
+    assert again.images[0] is first.images[0] and again.pictures[0] is first.pictures[0]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 512, 1024, 100_000])
+def test_a_small_budget_plays_fewer_rollouts_side_by_side(policy, batch_tokens, monkeypatch):
+    seen = []
+    monkeypatch.setattr("rollout.Decoder", lambda _, rows: seen.append(len(rows)) or Decoder(policy, rows))
+    limits = Limits(max_turns=1, max_new_tokens=4, max_tokens=512, batch_tokens=batch_tokens)
+    rollouts, _ = roll_out(policy, [task(1), task(2)], Tools(), limits, group_size=3)
+    assert seen == {1: [1] * 6, 512: [1] * 6, 1024: [2] * 3, 100_000: [6]}[batch_tokens]
+    assert [r.task["id"] for r in rollouts] == [1, 1, 1, 2, 2, 2]
