@@ -21,15 +21,18 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from make_model import make_model
-from model import load_policy
-from ranks_worker import rows_of
+from model import encode_text, load_policy
+from ranks_worker import CODE, LIMITS, picture, task
+from rollout import Tools, roll_out
+from tools import CodeTool
 from train import Config, even_micro_batches, main, prepare, prompts_of_step, reference_logps, resume, seed_step, update
 
 ROOT = Path(__file__).parent.parent
 IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
-SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40, "max_grad_norm": 1e6}
+SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40, "max_grad_norm": 1e6, "clip_high": 0.28}
+LR = 0.05
 
 
 @contextmanager
@@ -88,48 +91,86 @@ def plain_law(model, rollout, temperature):
 
 @pytest.fixture(scope="module")
 def rows(policy):
-    """[(rollout, advantage)]: 8 rollouts of 1 to 3 turns, with observations; 3 have an image."""
-    with group(dist.HashStore()):
-        return rows_of(policy)
+    """[(rollout, advantage)] of four groups of two, the last two with an image; 1 to 3 turns, and a repaired image in one."""
+    torch.manual_seed(0)
+    answers = ["<answer>" + " 7" * (i + 1) + "</answer>" for i in range(8)]
+    chains = [["<problem> dark </problem>"] * (i % 3) + [answer] for i, answer in enumerate(answers)]
+    chains[5] = [f"<code>{CODE}</code>", answers[5]]
+    numbers = {}
+
+    def sampler(live):
+        for rollout in live:
+            numbers.setdefault(id(rollout), len(numbers))
+        texts = [chains[numbers[id(rollout)]][len(rollout.turns)] for rollout in live]
+        actions = [encode_text(policy, text) + [policy.end_id] for text in texts]
+        return [(ids, [-5.0] * len(ids)) for ids in actions]
+    tasks = [task(i, "Why? " * (3 * i + 1), picture(i) if i > 1 else None) for i in range(4)]
+    with CodeTool(workers=1, timeout=20.0) as tool:
+        rollouts, _ = roll_out(policy, tasks, Tools(code=tool), LIMITS, group_size=2, sampler=sampler)
+    assert [len(r.images) for r in rollouts] == [0, 0, 0, 0, 1, 2, 1, 1]
+    return list(zip(rollouts, [1.5, -1.0, 0.5, -0.25, 0.75, -2.0, 1.0, 0.25]))
 
 
 @pytest.fixture(scope="module")
 def plain(model_folder, reference_folder, rows):
-    """plain(loss): (metrics, gradient of every parameter) of the update of all rows."""
-    return functools.cache(lambda loss: plain_update(model_folder, reference_folder, rows, Config(**SETTINGS, loss=loss)))
+    """plain(loss, updates): (metrics, what every parameter loses) of the updates of all rows."""
+    def compute(loss, updates=1):
+        return plain_update(model_folder, reference_folder, rows, Config(**SETTINGS, loss=loss, updates_per_batch=updates))
+    return functools.cache(compute)
+
+
+def plain_terms(law, reference_law, old_logps, rollout, advantage, config):
+    """[(objective, KL, whether it is clipped, entropy, log-prob)] of every token that the policy wrote."""
+    terms = []
+    for t, (token, is_action) in enumerate(zip(rollout.ids, rollout.action_mask)):
+        if is_action:
+            logp, q = law[t - 1, token], reference_law[t - 1, token]
+            ratio = (logp - (old_logps[len(terms)] if old_logps else logp.item())).exp()
+            above, below = ratio > 1 + config.clip_high and advantage > 0, ratio < 1 - config.clip_low and advantage < 0
+            bounded = 1 + config.clip_high if above else 1 - config.clip_low if below else ratio
+            kl = (q - logp).exp() - (q - logp) - 1
+            entropy = -(law[t - 1].exp() * law[t - 1]).sum().item()
+            terms.append((bounded * advantage - config.beta * kl, kl.item(), bool(above or below), entropy, logp.item()))
+    return terms
 
 
 def plain_update(folder, reference_folder, rows, config):
-    """In loops over rollouts and tokens, from the papers' formulas."""
+    """In loops over rollouts and tokens, from the papers' formulas; gradient descent with a rate of LR."""
     model, reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(f, dtype=torch.float32).eval()
                         for f in (folder, reference_folder))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        reference_laws = [plain_law(reference, rollout, config.temperature) for rollout, _ in rows]
     num_tokens = sum(sum(r.action_mask) for r, _ in rows)
-    loss, metrics = 0.0, {"kl": 0.0, "entropy": 0.0, "gap": 0.0, "tokens": num_tokens}
-    for rollout, advantage in rows:
-        law = plain_law(model, rollout, config.temperature)
+    old_logps, gap = [None] * len(rows), None
+    for _ in range(config.updates_per_batch):
+        metrics = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0)
+        for i, (rollout, advantage) in enumerate(rows):
+            law = plain_law(model, rollout, config.temperature)
+            terms = plain_terms(law, reference_laws[i], old_logps[i], rollout, advantage, config)
+            weight = {"grpo": 1 / (len(rows) * len(terms)), "dapo": 1 / num_tokens,
+                      "dr_grpo": 1 / (len(rows) * config.max_turns * config.max_new_tokens)}[config.loss]
+            loss = -weight * sum(term[0] for term in terms)
+            loss.backward()
+            for name, values in zip(metrics, ([loss.item() / weight], *list(zip(*terms))[1:4])):
+                metrics[name] += weight * sum(values)
+            old_logps[i] = old_logps[i] or [term[4] for term in terms]  # of the policy before its first step
+        if gap is None:
+            gap = max(abs(logp + 5.0) for logps in old_logps for logp in logps)
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
         with torch.no_grad():
-            reference_law = plain_law(reference, rollout, config.temperature)
-        weight = {"grpo": 1 / (len(rows) * sum(rollout.action_mask)), "dapo": 1 / num_tokens,
-                  "dr_grpo": 1 / (len(rows) * config.max_turns * config.max_new_tokens)}[config.loss]
-        for t, (token, sampled) in enumerate(zip(rollout.ids, rollout.action_mask)):
-            if sampled:
-                logp, q = law[t - 1, token], reference_law[t - 1, token]
-                kl = (q - logp).exp() - (q - logp) - 1
-                loss = loss - weight * ((logp - logp.detach()).exp() * advantage - config.beta * kl)
-                metrics["kl"] += weight * kl.item()
-                metrics["entropy"] -= weight * (law[t - 1].exp() * law[t - 1]).sum().item()
-                metrics["gap"] = max(metrics["gap"], abs(logp.item() - rollout.logps[t]))
-    loss.backward()
-    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
-    norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
-    return metrics | {"loss": loss.item(), "grad_norm": norm}, gradient
+            for p in model.parameters():
+                p -= LR * p.grad
+                p.grad = None
+    return (metrics | {"gap": gap, "tokens": num_tokens, "grad_norm": norm},
+            {name: before[name] - p.detach() for name, p in model.named_parameters()})
 
 
 def our_update(folder, reference_folder, rows, config):
-    """(metrics, what every parameter lost) of one step of gradient descent with a learning rate of 1."""
+    """The same of train.py: (metrics, what every parameter lost)."""
     policy, reference = load_policy(str(folder), shard=True), load_policy(str(reference_folder), shard=True)
     before = {name: p.full_tensor().detach().clone() for name, p in policy.model.named_parameters()}
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=LR)
     batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], config.micro_batch_tokens)
     metrics = update(policy, optimizer, batches, num_real, reference_logps(reference, batches, config.temperature), config)
     return metrics, {name: before[name] - p.full_tensor().detach() for name, p in policy.model.named_parameters()}
@@ -137,11 +178,11 @@ def our_update(folder, reference_folder, rows, config):
 
 def assert_is_the_formula(updated, plain, scale=1.0):
     """Our update is the plain one; scale: what the gradients were cut to."""
-    (metrics, gradient), (expected_metrics, expected) = updated, plain
+    (metrics, lost), (expected_metrics, expected) = updated, plain
     assert metrics == {name: pytest.approx(value, rel=1e-4) for name, value in expected_metrics.items()}
     for name, wanted in expected.items():  # fp32, padded or not; a weight of 0.1 rounds what it lost by 1e-8
         assert wanted.norm() > 0, name
-        assert (gradient[name] - scale * wanted).norm() <= 1e-4 * scale * wanted.norm() + 1e-6, name
+        assert (lost[name] - scale * wanted).norm() <= 1e-4 * scale * wanted.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("loss, micro_batch_tokens", [("grpo", 1), ("grpo", 300), ("grpo", 100_000), ("dapo", 300),
@@ -152,9 +193,15 @@ def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folde
     assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain(loss))
 
 
+def test_later_updates_of_a_batch_are_clipped_around_the_policy_that_began_it(model_folder, reference_folder, rows, plain, rank):
+    config = Config(**SETTINGS, updates_per_batch=3, micro_batch_tokens=300)
+    assert 0.1 < plain("grpo", 3)[0]["clipped"] < 0.9
+    assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain("grpo", 3))
+
+
 def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_folder, rows, plain, rank):
-    updated = our_update(model_folder, reference_folder, rows, Config(**SETTINGS | {"max_grad_norm": 0.01}))
-    assert_is_the_formula(updated, plain("grpo"), scale=0.01 / plain("grpo")[0]["grad_norm"])
+    updated = our_update(model_folder, reference_folder, rows, Config(**SETTINGS | {"max_grad_norm": 0.1}))
+    assert_is_the_formula(updated, plain("grpo"), scale=0.1 / plain("grpo")[0]["grad_norm"])
 
 
 def share_of_update(folder, reference_folder, shares, config):
@@ -162,7 +209,7 @@ def share_of_update(folder, reference_folder, shares, config):
 
 
 def test_two_ranks_with_unlike_shares_are_the_formula(model_folder, reference_folder, rows, plain, tmp_path):
-    shares = rows[:5], rows[5:]  # 5 rollouts without an image, each a micro-batch, beside 3 with one
+    shares = rows[:6], rows[6:]  # six micro-batches beside two
     for updated in on_ranks(2, tmp_path / "ranks", share_of_update, model_folder, reference_folder, shares,
                             Config(**SETTINGS, micro_batch_tokens=1)):
         assert_is_the_formula(updated, plain("grpo"))
