@@ -193,7 +193,8 @@ def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folde
     assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain(loss))
 
 
-def test_later_updates_of_a_batch_are_clipped_around_the_policy_that_began_it(model_folder, reference_folder, rows, plain, rank):
+def test_later_updates_of_a_batch_are_clipped_around_the_policy_that_began_it(model_folder, reference_folder, rows, plain,
+                                                                              rank):
     config = Config(**SETTINGS, updates_per_batch=3, micro_batch_tokens=300)
     assert 0.1 < plain("grpo", 3)[0]["clipped"] < 0.9
     assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain("grpo", 3))
@@ -265,7 +266,8 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run(short_run, stopped):
         assert (stopped / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_the_temperature_is_sampled_and_scored(short_run):
+def test_sampled_and_scored_agree_at_a_temperature(short_run):
+    """Prompts with the same text and other images stand side by side; tools answer; the policy has learnt for a step."""
     assert all(row["gap"] < 1e-4 for row in rows_without_timings(short_run[1] / "metrics.jsonl"))
 
 

@@ -57,10 +57,10 @@ def _pytest(copy, tests):
     os._exit(status)  # without the clean-up of threads that a fork does not have
 
 
-def try_mutant(mutant: Mutant, folder: Path) -> tuple[str, float, str]:
+def try_mutant(mutant: Mutant, original: Path) -> tuple[str, float, str]:
     """(killed | survived | broken, seconds, what the tests said) of one mutant, in a copy of its own."""
     start = time.perf_counter()
-    copy = shutil.copytree(ROOT, folder / mutant.name, ignore=IGNORED)
+    copy = shutil.copytree(original, original.parent / mutant.name)
     source = (copy / mutant.file).read_text(encoding="utf-8")
     if (count := source.count(mutant.old)) != 1:
         return "broken", 0.0, f"{mutant.file} holds its old text {count} times; it must stand there once:\n{mutant.old}"
@@ -73,12 +73,12 @@ def try_mutant(mutant: Mutant, folder: Path) -> tuple[str, float, str]:
     return verdict, time.perf_counter() - start, log
 
 
-def check_unmutated(chosen: list[Mutant], folder: Path, pool: ThreadPoolExecutor) -> None:
+def check_unmutated(chosen: list[Mutant], original: Path, pool: ThreadPoolExecutor) -> None:
     """End with the tests' output if one fails as the code stands: then no mutant could be told from none."""
     files = {}
     for test in sorted({test for mutant in chosen for test in mutant.tests}):
         files.setdefault(Path(test.partition("::")[0]).stem, []).append(test)
-    copies = [shutil.copytree(ROOT, folder / f"unmutated-{name}", ignore=IGNORED) for name in files]
+    copies = [shutil.copytree(original, original.parent / f"unmutated-{name}") for name in files]
     for copy, status in zip(copies, pool.map(run_tests, copies, files.values())):
         if status != 0:
             log = (copy / "log").read_text(errors="replace")
@@ -93,9 +93,10 @@ def main(names: list[str]) -> int:
     start, verdicts = time.perf_counter(), []
     import_heavy_packages()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        check_unmutated(chosen, Path(folder), pool)
+        original = shutil.copytree(ROOT, Path(folder) / "original", ignore=IGNORED)  # the project may be edited meanwhile
+        check_unmutated(chosen, original, pool)
         print(f"without a mutant the tests pass   {time.perf_counter() - start:.0f} s", flush=True)
-        for mutant, (verdict, seconds, log) in zip(chosen, pool.map(lambda m: try_mutant(m, Path(folder)), chosen)):
+        for mutant, (verdict, seconds, log) in zip(chosen, pool.map(lambda m: try_mutant(m, original), chosen)):
             verdicts.append(verdict)
             print(f"{verdict:<9}{seconds:>5.1f} s   {mutant.name:<26}{mutant.file:<12}{mutant.bug}", flush=True)
             if verdict != "killed":
