@@ -15,7 +15,8 @@ PACKAGES = {"torch", "transformers", "PIL", "requests", "numpy", "pytest", "toke
 OPTIONAL = {"cv2"}  # never needed to import a file
 WIDTH = 128
 MODULES = [ROOT / f"{name}.py" for name in ORDER]
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tests/*.py")])
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tests/*.py"),
+                  *ROOT.glob("tests/*/*.py")])
 OURS = {path.stem for path in SOURCES}
 
 

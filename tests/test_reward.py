@@ -186,6 +186,7 @@ def test_hostile_turns_of_100_kb_take_less_than_a_second(text):
     ("{}", []),
     ("{'dark', 'foggy'}", ["dark", "foggy"]),
     ("__import__('os')", ["__import__", "os"]),  # read, not run
+    ("95**97**98", ["95", "97", "98"]),  # evaluated, it would not come to an end
 ])
 def test_problem_labels(text, expected):
     assert problem_labels(text) == expected

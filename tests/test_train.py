@@ -1,4 +1,5 @@
 """train.py as people run it: a real process, a real model, real tools."""
+import ast
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 from train import Config, learning_rate, prepare
 
@@ -169,6 +171,21 @@ def test_bad_input_ends_the_process_with_a_line_and_a_status(settings, words, tm
 
 def test_every_flag_has_a_help_text():
     assert [f.name for f in fields(Config) if not f.metadata["help"]] == []
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if isinstance(f.default, bool)])
+def test_false_is_false(name):
+    def parsed(*arguments):
+        [config] = HfArgumentParser(Config).parse_args_into_dataclasses([f"--{name}", *arguments])
+        return getattr(config, name)
+    assert parsed("False") is parsed("false") is parsed("0") is False
+    assert parsed() is parsed("True") is True
+
+
+def test_every_flag_is_read():
+    read = {node.attr for node in ast.walk(ast.parse((ROOT / "train.py").read_text())) if isinstance(node, ast.Attribute)
+            and ast.unparse(node.value) in ("config", "self")}
+    assert {f.name for f in fields(Config)} - read == set()
 
 
 def test_learning_rate_is_a_line():
