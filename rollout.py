@@ -108,13 +108,14 @@ Sampler = Callable[[list[Rollout]], list[tuple[list[int], list[float]]]]
 
 
 def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *, group_size: int = 1,
-             temperature: float = 1.0, prompt: str = "short",
-             sampler: Sampler | None = None) -> tuple[list[Rollout], dict[str, float]]:
+             temperature: float = 1.0, prompt: str = "short", sampler: Sampler | None = None,
+             interrupted: Callable[[], bool] = lambda: False) -> tuple[list[Rollout], dict[str, float]]:
     """Play group_size episodes of each task with live tools. Returns B = P·G rollouts, those of a task side by side,
     and seconds spent: {"generate", "tools"}.
 
     temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces the policy by any other
     source of actions (a recorded chain, a demonstrator); it gets the live rollouts and returns (ids, log-probs) for each.
+    `interrupted` is asked before each turn; once it says True, rollouts come back as they are, and are to be thrown away.
     Raises ValueError, naming the task, if a prompt leaves no room for one turn.
     """
     if sampler is None:
@@ -125,7 +126,7 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
     seconds = {"generate": 0.0, "tools": 0.0}
     for turn in range(limits.max_turns):
         live = [r for r in rollouts if r.stop is None]
-        if not live:
+        if not live or interrupted():
             break
         start = time.perf_counter()
         for rollout, (ids, logps) in zip(live, sampler(live), strict=True):
