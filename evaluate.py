@@ -5,22 +5,23 @@
 
 `load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is loaded;
 `evaluate_tasks` plays each task once, greedily, with live tools; `score` averages over all tasks of a split, unanswered
-ones included. Standard output ends with a line of JSON: {"all": {"f1", "em", "n"}, "simple": …, "hard": …}. The last part
-holds what a training run says of its rollouts and leaves on disk: metrics, lines, and files that are whole or not there.
+ones included. Standard output ends with a line of JSON: {"all": {"f1", "em", "n"}, "simple": …, "hard": …}.
 Left out on purpose: sampling and votes (greedy decoding draws no random numbers: there is no seed), several GPUs on the
 command line (`evaluate_policy`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
 replacing the crop box in the model's code by the one in the question.
 """
+import fcntl
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -219,34 +220,28 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     return scores
 
 
-# ------------------------------------------------------------------------------------------- what a training run says and leaves
-def step_line(row: dict, steps: int, left: float) -> str:
-    """One readable line of a row of metrics; left: seconds to the end. What is wrong stands at its end."""
-    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
-    seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
-    notes = {f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
-             "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
-             "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
-             "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
-    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
-            f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
-            f"left {int(left) // 60}:{int(left) % 60:02d}" + "".join(f"  {note}" for note, holds in notes.items() if holds))
-
-
-def summarize(rows: list[dict], steps: int) -> dict:
-    """Rows of evaluations.jsonl -> held-out success before, after and with the tools off, in all and by family and type."""
+def write_summary(out: Path, steps: int, **facts) -> dict:
+    """summary.json: held-out success before, after and with the tools off, in all and by family and type, and the facts."""
+    rows = read_json_lines(out / "evaluations.jsonl")
     wanted = {"before": (0, "on"), "after": (steps, "on"), "tools_off": (steps, "off")}
     picked = {when: next((r for r in rows if (r["step"], r["tools"]) == key), {}) for when, key in wanted.items()}
     summary = {f"success_{when}": row.get("success") for when, row in picked.items()}
     for key in ("by_family", "by_type"):
         summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
                         for name in picked["after"].get(key, {})}
+    summary |= {"steps": steps, **facts}
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def evaluate_policy(policy, tasks: list[dict], tools, limits, step: int, path: Path, *, temperature: float, prompt: str,
-                    reasons: Callable[[], list[str]]) -> bool:
-    """Success on held-out tasks as a row of `path`, once for each step with the tools on or off; ranks share the tasks.
+def seed_step(seed: int, step: int) -> None:
+    """All random numbers of a step on a rank: nothing has to be saved to resume, and ranks differ."""
+    import torch
+    torch.manual_seed((seed * 100_003 + step) * 1_009 + torch.distributed.get_rank())
+
+
+def evaluate_policy(policy, tasks: list[dict], tools, step: int, config, reasons: Callable[[], list[str]]) -> bool:
+    """Success on held-out tasks as a row of evaluations.jsonl, once a step with the tools on or off; ranks share the tasks.
 
     A row has shares of exact matches, 0 to 1: {"step", "tools", "success", "n", "by_family", "by_type"}. If any rank has
     `reasons` to end the run, rollouts end early, no row is written, since none is known, and False is returned.
@@ -256,12 +251,13 @@ def evaluate_policy(policy, tasks: list[dict], tools, limits, step: int, path: P
     from model import gather, gathered
     from rollout import roll_out
     label, start = "on" if tools.code or tools.search else "off", time.perf_counter()
+    path, limits = Path(config.output_dir) / "evaluations.jsonl", replace(config.limits(), max_turns=config.max_turns)
     if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
         return True
-    mine = tasks[dist.get_rank()::dist.get_world_size()]
+    seed_step(config.seed, -1 - step)
     with gathered(policy):
-        rollouts, _ = roll_out(policy, mine, tools, limits, temperature=temperature, prompt=prompt,
-                               interrupted=lambda: bool(reasons()))
+        rollouts, _ = roll_out(policy, tasks[dist.get_rank()::dist.get_world_size()], tools, limits, prompt=config.prompt,
+                               temperature=config.eval_temperature, interrupted=lambda: bool(reasons()))
     if gather(reasons()):
         return False
     groups = {"success": {}, "by_family": {}, "by_type": {}}
@@ -310,6 +306,19 @@ def publish(beside: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final.rename(final.with_name(f"{final.name}.old.tmp")))  # never in parts under its own name
     beside.rename(final)
+
+
+def take_folder(out: Path) -> None:
+    """Raise ValueError if the folder cannot be written, or another run is at it; the first rank's process keeps it locked."""
+    try:
+        (out / "rollouts").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"x" * 4096)
+        if os.environ.get("RANK", "0") == "0":
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        why = "another process trains there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
+        raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:

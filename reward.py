@@ -12,7 +12,8 @@ for search answers, which credits a matching number anywhere; eval (text is only
 import re
 import string
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+
+from tools import parse_action
 
 # An episode is paid for its form and its answer, 1:1 (paper); its tool parts are logged but not optimised.
 WEIGHTS = {"format": 1.0, "accuracy": 1.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
@@ -201,16 +202,15 @@ def parse_weights(text: str, defaults: Mapping[str, float] = WEIGHTS) -> dict[st
     return {**defaults, **named}
 
 
-def rollout_metrics(rows: list[dict]) -> dict[str, float]:
-    """Means over the rollouts of a step, as `rollout_row` gives them with reward, reward_parts and advantage."""
-    turns = [turn for row in rows for turn in row["turns"]]
-    names = sorted({name for row in rows for name in row["reward_parts"]})
-    parts = {name: fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names}
-    return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
-            "success": fmean(exact_match(r["answer"], r["answers"]) for r in rows),
-            "turns": fmean(len(r["turns"]) for r in rows), "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
-            "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn] or [1]),
-            "searches_lost": sum(turn.get("lost", False) for turn in turns),
-            "stop_length": fmean(r["stop"] == "length" for r in rows),
-            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
-            "flat_groups": fmean(r["advantage"] == 0 for r in rows)}
+def reward_parts(rollout, mode: str) -> dict[str, float]:
+    """The named parts of the reward of a `rollout.Rollout`, each within 0 and 1; mode: "episode" or "step"."""
+    task, turns = rollout.task, rollout.turns
+    if mode == "step":
+        action, gold = turns[0].action, parse_action(task["solution"])
+        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
+    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not turn.is_lost]
+    return episode_reward(
+        [turn.text for turn in turns], rollout.answer, task["answers"],
+        problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
+        gold_labels=task["type"] or None, tool_oks=[result.ok for _, result in results],
+        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)

@@ -12,7 +12,6 @@ Left out on purpose: a trainer class, callbacks, mixed batches of old and new ro
 
 Legend: P prompts a step, G samples a prompt, B = P·G rollouts, T tokens.
 """
-import fcntl
 import hashlib
 import json
 import math
@@ -21,12 +20,10 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,14 +34,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from evaluate import (append_json_line, checkpoints, checksum, clean, evaluate_policy, load_tasks, publish, read_json_lines,
-                      step_line, summarize, write_whole)
+from evaluate import (append_json_line, checkpoints, clean, evaluate_policy, load_tasks, publish, read_json_lines,
+                      seed_step, take_folder, write_summary, write_whole)
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, export, gather, gathered, load_policy,
                    pick_device, score, start_ranks)
-from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, parse_weights, rollout_metrics, step_reward, weighted_sum
-from rollout import PROMPTS, Limits, Rollout, Tools, is_lost, micro_batches, roll_out, rollout_row
-from tools import CodeTool, SearchTool, parse_action
+from reward import STEP_WEIGHTS, WEIGHTS, exact_match, parse_weights, reward_parts, weighted_sum
+from rollout import PROMPTS, Limits, Rollout, Tools, micro_batches, roll_out, rollout_metrics, rollout_row, step_line
+from tools import CodeTool, SearchTool
 
 
 def flag(default, text):
@@ -135,25 +132,6 @@ def prompts_of_step(tasks: list[dict], step: int, config: Config) -> list[dict]:
     return chosen[dist.get_rank() * share:(dist.get_rank() + 1) * share]
 
 
-def seed_step(config: Config, step: int) -> None:
-    """All random numbers of a step on a rank: nothing has to be saved to resume, and ranks differ."""
-    torch.manual_seed((config.seed * 100_003 + step) * 1_009 + dist.get_rank())
-
-
-def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
-    """The named parts of a rollout's reward, each within 0 and 1."""
-    task, turns = rollout.task, rollout.turns
-    if mode == "step":
-        action, gold = turns[0].action, parse_action(task["solution"])
-        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
-    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not is_lost(turn)]
-    return episode_reward(
-        [turn.text for turn in turns], rollout.answer, task["answers"],
-        problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
-        gold_labels=task["type"] or None, tool_oks=[result.ok for _, result in results],
-        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)
-
-
 @torch.no_grad()
 def reference_logps(reference: Policy | None, batches: list, temperature: float) -> list[torch.Tensor | None]:
     """Log-probs of the starting model for every micro-batch, (B, T) nats each, or None without a reference."""
@@ -215,7 +193,8 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     out = Path(config.output_dir)
     shown = out / "rollouts" if step in (1, config.steps) or step % config.rollouts_every == 0 else None
     rows = gather([{**rollout_row(r, shown, f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
-                    "reward": rewards[i], "advantage": advantages[i]} for i, r in enumerate(rollouts)])
+                    "reward": rewards[i], "advantage": advantages[i], "success": exact_match(r.answer, r.task["answers"])}
+                   for i, r in enumerate(rollouts)])
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
     row = {"step": step, **rollout_metrics(rows), **metrics, "lr": learning_rate(step - 1, config),
            "tokens_per_s": metrics["tokens"] / spent["all"], "seconds": spent.pop("all"),
@@ -268,39 +247,28 @@ def damaged_files(folder: Path) -> list[str]:
 def find_checkpoint(config: Config) -> tuple[int, Path | None]:
     """(step, folder) of the newest whole checkpoint, or (0, None) where none was written yet. Later rows are cut, to be
     replayed; damaged checkpoints are set aside, not deleted. Ends the run if all are damaged or the model is another."""
-    out, damaged = Path(config.output_dir), []
+    out, lead, damaged = Path(config.output_dir), dist.get_rank() == 0, []
     found = checkpoints(out)
     while found and (names := damaged_files(found[-1][1])):
         damaged.append(found.pop()[1])
-        say(f"{damaged[-1]} is damaged: {', '.join(names)}")
+        print(f"{damaged[-1]} is damaged: {', '.join(names)}")
     if damaged and not found:
-        fail(f"no checkpoint in {out} is whole; bring one back, or start anew in another --output_dir")
+        sys.exit(f"error: no checkpoint in {out} is whole; bring one back, or choose another --output_dir" if lead else 1)
     step, folder = found[-1] if found else (0, None)
     path, now = (folder or out) / "config.json", {"ranks": dist.get_world_size(), **asdict(config)}
-    before = json.loads(path.read_text()) if path.exists() else {}  # a run can be killed before it is there
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]
-               and name not in ("output_dir", "resume")]
-    if before.get("model", config.model) != config.model:
-        fail(f"--model {config.model}: {out} is a run of {before['model']}, from where its KL is measured; give that one")
-    say((f"resumes from {folder}" if folder else f"{out} has no checkpoint yet: starts at the first step")
-        + f"; changed, so this is no replay: {', '.join(changed)}" * bool(changed))
-    if dist.get_rank() == 0:
+    before = json.loads(path.read_text()) if path.exists() else now  # a run can be killed before it is there
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now.keys() - {"output_dir", "resume"}
+               if before.get(name) != now[name]]
+    if before["model"] != config.model:
+        sys.exit(f"error: {out} is a run of --model {before['model']}, where its KL starts; give that one" if lead else 1)
+    print(f"resumes from {folder}" if folder else f"{out} has no checkpoint yet: starts at the first step",
+          f"; changed, so it may be no replay: {', '.join(sorted(changed))}" * bool(changed), sep="", flush=True)
+    if lead:
         for path in damaged:
             path.rename(path.with_suffix(".damaged"))
         clean(out, step)
     dist.barrier()
     return step, folder
-
-
-def say(line: str) -> None:
-    """Print a line once, whatever the number of ranks."""
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def fail(line: str) -> NoReturn:
-    """End the run on all ranks, which all call it; the first one says why."""
-    sys.exit(f"error: {line}" if dist.get_rank() == 0 else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the run
@@ -322,15 +290,7 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
         raise ValueError(f"--search_budget {config.search_budget} does not divide among {world} ranks; give at least {world}")
     search = SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
                         budget=config.search_budget // world if config.search_budget else None)
-    try:  # at the end, since a run that is refused leaves no folder
-        (out / "rollouts").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
-            file.write(b"x" * 4096)
-        if os.environ.get("RANK", "0") == "0":  # until this process ends
-            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        why = "another process trains there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
-        raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None
+    take_folder(out)  # at the end: a run that is refused leaves none
     return tasks, held_out, search
 
 
@@ -339,6 +299,8 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     begin = time.perf_counter()
     start_ranks()
     out, lead = Path(config.output_dir), dist.get_rank() == 0
+    if not lead:
+        sys.stdout = open(os.devnull, "w")  # the first rank speaks for all
     first, folder = find_checkpoint(config) if config.resume else (0, None)
     options = {"shard": True, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     policy = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing, **options)
@@ -349,39 +311,35 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(policy.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     elif (needed := 12 * sum(p.numel() for p in policy.model.parameters())) > shutil.disk_usage(out).free:
-        fail(f"a checkpoint takes {needed / 1e9:.2g} GB and --output_dir {out} has less room; make some, or choose another")
+        sys.exit(f"error: a checkpoint takes {needed / 1e9:.2g} GB, --output_dir {out} has less room; make some" if lead else 1)
     if lead:
         write_whole(out / "config.json", json.dumps({"ranks": dist.get_world_size(), **asdict(config)}, indent=1) + "\n")
-    say(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
+    print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
         f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; see {out}")
+    rows = read_json_lines(out / "metrics.jsonl")
+    skipped = len(list(takewhile(lambda row: row["skipped"], reversed(rows)))) % config.max_skipped  # in a row, of this start
     signals, saved = [], first
     for number in (signal.SIGTERM, signal.SIGINT):  # noted only: the run ends where all ranks agree to
         signal.signal(number, lambda number, _: signals.append(signal.Signals(number).name))
 
-    def reasons() -> list[str]:
-        return signals[:1] + [f"--search_budget {config.search_budget} is spent"] * search.spent
+    def reasons() -> list[str]:  # of this rank to end the run
+        return (signals[:1] + [f"--search_budget {config.search_budget} is spent"] * search.spent
+                + [f"{skipped} steps in a row had a loss or gradient that is not finite"] * (skipped >= config.max_skipped))
 
-    def stop(where: str, why: str) -> NoReturn:
+    def stop(where: str, why: str) -> None:
         if lead:
             print(f"stopped {where}: {why}; --resume goes on", file=sys.stderr)
         sys.exit(0 if why.startswith("SIG") else 1)
-
-    def evaluate(step: int, tools: Tools) -> bool:
-        seed_step(config, -1 - step)
-        return evaluate_policy(policy, held_out, tools, replace(config.limits(), max_turns=config.max_turns), step,
-                               out / "evaluations.jsonl", temperature=config.eval_temperature, prompt=config.prompt,
-                               reasons=reasons)
     with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code_tool:
         tools = Tools(code_tool, search)
         if first == 0 or config.eval_every and first % config.eval_every == 0:  # unless its row is there
-            evaluate(first, tools)
-        skipped = len(list(takewhile(lambda row: row["skipped"], reversed(read_json_lines(out / "metrics.jsonl")))))
+            evaluate_policy(policy, held_out, tools, first, config, reasons)
         training = time.perf_counter()
         for step in range(first, config.steps):
             clock = time.perf_counter()
             # 1. sample prompts
             prompts = prompts_of_step(tasks, step, config)
-            seed_step(config, step)
+            seed_step(config.seed, step)
             # 2. roll out, with live tools and no collectives
             with gathered(policy):
                 rollouts, seconds = roll_out(policy, prompts, tools, config.limits(), group_size=config.group_size,
@@ -410,25 +368,21 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
             # 6. log
             row = log_step(step + 1, rollouts, parts, rewards, advantages, metrics, seconds, clock, config)
             left = (time.perf_counter() - training) / (step + 1 - first) * (config.steps - step - 1)
-            say(step_line(row, config.steps, left))
+            print(step_line(row, config.steps, left), flush=True)
             skipped = skipped + 1 if row["skipped"] else 0
             # 7. checkpoint
-            too_many = skipped > 0 and skipped % config.max_skipped == 0  # resumed after that, it has as many again
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or too_many:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save_checkpoint(policy, optimizer, step + 1, config)
                 saved = step + 1
-            if too_many:
-                stop(f"after step {step + 1}", f"no finite loss or gradient for {skipped} steps")
             if config.eval_every and (step + 1) % config.eval_every == 0:
-                evaluate(step + 1, tools)
-        if not evaluate(config.steps, tools) or not evaluate(config.steps, Tools()):
+                evaluate_policy(policy, held_out, tools, step + 1, config, reasons)
+        if not all(evaluate_policy(policy, held_out, t, config.steps, config, reasons) for t in (tools, Tools())):
             stop("in its evaluation", gather(reasons())[0])
     export(policy, out / "model.tmp")
     if lead:
         publish(out / "model.tmp", out / "model")
-        summary = {**summarize(read_json_lines(out / "evaluations.jsonl"), config.steps), "steps": config.steps,
-                   "seconds": round(time.perf_counter() - begin, 1), "seed": config.seed, "ranks": dist.get_world_size()}
-        write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        summary = write_summary(out, config.steps, seconds=round(time.perf_counter() - begin, 1), seed=config.seed,
+                                ranks=dist.get_world_size())
         print(f"done in {summary['seconds']:.0f} s; the model is in {out / 'model'}\n{json.dumps(summary)}")
     dist.destroy_process_group()
 
