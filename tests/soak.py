@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TINY = {"steps": 6, "save_every": 2, "rollouts_every": 2, "eval_every": 4, "eval_limit": 4, "prompts_per_step": 2,
         "group_size": 4, "max_turns": 3, "code_timeout": 60}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # several on a busy machine wait for one another
 # Where a killed process was, by the first function of these that its stack holds.
 PLACES = {"_observe": "tool call", "export": "export", "publish": "export", "save_checkpoint": "checkpoint", "update": "update",
           "reference_logps": "reference", "evaluate_policy": "evaluation", "roll_out": "rollout", "log_step": "log",
@@ -37,7 +38,7 @@ def start(ranks: int, out: Path, *flags: str, launcher: tuple[str, ...] = (), **
     command = [*(torchrun if ranks > 1 or launcher else [sys.executable]), __file__, "--inside", *arguments, *flags]
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=ROOT,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                env=os.environ | ONE_THREAD)
 
 
 def family(pid: int) -> list[int]:
@@ -89,7 +90,7 @@ def kill(process: subprocess.Popen, log: Path) -> str:
 def left_by(out: Path) -> dict[str, object]:
     """All files of a run by name, without what the clock, the folder and the number of starts decide."""
     files = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".metadata"):  # it holds the folder
         name, data = str(path.relative_to(out)), path.read_bytes()
         if path.suffix == ".jsonl":
             data = [timeless(json.loads(line)) for line in data.splitlines()]
@@ -103,7 +104,7 @@ def timeless(value):
     """A JSON value without times, and without names and checksums of what holds them."""
     if isinstance(value, dict):
         return {key: timeless(v) for key, v in value.items()
-                if not re.search("seconds|tokens_per_s|output_dir|resume|^config.json$", key)}
+                if not re.search("seconds|tokens_per_s|output_dir|resume|^config.json$|^.metadata$", key)}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
@@ -192,14 +193,14 @@ def main() -> None:
     parser.add_argument("--agents", action="store_true")
     parser.add_argument("--minutes", type=float, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="soak_", delete=False) as name:
-        print(f"in {name}", flush=True)
-        for ranks in args.ranks if args.kills else ():
-            kill_runs(ranks, args.kills, random.Random(args.seed), Path(name))
-        if args.agents:
-            two_agents(Path(name))
-        if args.minutes:
-            watch(args.minutes, max(args.ranks), Path(name))
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
+    print(f"runs and logs are in {folder}", flush=True)
+    for ranks in args.ranks if args.kills else ():
+        kill_runs(ranks, args.kills, random.Random(args.seed), folder)
+    if args.agents:
+        two_agents(folder)
+    if args.minutes:
+        watch(args.minutes, max(args.ranks), folder)
 
 
 if __name__ == "__main__":
