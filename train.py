@@ -38,7 +38,7 @@ from evaluate import (append_json_line, checkpoints, clean, evaluate_policy, loa
                       seed_step, take_folder, write_summary, write_whole)
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, export, gather, gathered, load_policy,
-                   pick_device, score, start_ranks)
+                   score, start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, exact_match, parse_weights, reward_parts, weighted_sum
 from rollout import PROMPTS, Limits, Rollout, Tools, micro_batches, roll_out, rollout_metrics, rollout_row, step_line
 from tools import CodeTool, SearchTool
@@ -213,8 +213,7 @@ def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, step: int,
     weights, moments = get_state_dict(policy.model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)  # on the disk when it returns
     if lead:
-        flags = {"step": step, "ranks": dist.get_world_size(), **asdict(config)}
-        write_whole(beside / "config.json", json.dumps(flags, indent=1) + "\n")
+        write_whole(beside / "config.json", json.dumps({"step": step, "ranks": dist.get_world_size(), **asdict(config)}))
     files = checksums(beside)
     if lead:
         write_whole(beside / "manifest.json", json.dumps(files, indent=1) + "\n")
@@ -402,4 +401,5 @@ if __name__ == "__main__":
         record(main)(arguments, *prepared)  # torchrun's last words are the error of the rank that failed first
     except (OSError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        sys.exit(f"error: {cause}; {arguments.output_dir} keeps what was written before: mend it, then --resume goes on")
+        sys.exit(f"error: {cause}; {arguments.output_dir} has {shutil.disk_usage(arguments.output_dir).free / 1e9:.2f} GB free and "
+                 "keeps what was written before: make room or mend what is wrong, then --resume goes on")
