@@ -25,11 +25,18 @@ LIMIT = 150  # seconds; a mutant that does not come to an end is noticed too
 IGNORED = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
 
 
-def import_heavy_packages() -> None:
-    """What every test file needs and no mutant changes. Nothing of ours: that is imported from the copies."""
+def import_packages() -> None:
+    """Import what our code imports, and forget our own modules again: those are imported from the copies."""
     import torch
-    import torch.distributed.fsdp  # noqa: F401
-    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+    own = [str(ROOT), str(ROOT / "data")]
+    sys.path[:0] = own
+    import make_model  # noqa: F401
+    import train  # noqa: F401
+    for folder in own:
+        sys.path.remove(folder)
+    for name in [name for name, module in sys.modules.items() if Path(getattr(module, "__file__", None) or "/").parent in
+                 (ROOT, ROOT / "data")]:
+        del sys.modules[name]
     torch.set_num_threads(1)
 
 
@@ -52,7 +59,8 @@ def _pytest(copy, tests):
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.dont_write_bytecode = True
-    status = pytest.main(["-q", "-x", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={copy / 'temporary'}", *tests])
+    status = pytest.main(["-q", "-x", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={copy / 'temporary'}",
+                          "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests])
     sys.stdout.flush()
     os._exit(status)  # without the clean-up of threads that a fork does not have
 
@@ -91,14 +99,14 @@ def main(names: list[str]) -> int:
         sys.exit(f"no mutant {', '.join(sorted(unknown))}; there are {', '.join(mutant.name for mutant in MUTANTS)}")
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     start, verdicts = time.perf_counter(), []
-    import_heavy_packages()
+    import_packages()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         original = shutil.copytree(ROOT, Path(folder) / "original", ignore=IGNORED)  # the project may be edited meanwhile
         check_unmutated(chosen, original, pool)
         print(f"without a mutant the tests pass   {time.perf_counter() - start:.0f} s", flush=True)
         for mutant, (verdict, seconds, log) in zip(chosen, pool.map(lambda m: try_mutant(m, original), chosen)):
             verdicts.append(verdict)
-            print(f"{verdict:<9}{seconds:>5.1f} s   {mutant.name:<26}{mutant.file:<12}{mutant.bug}", flush=True)
+            print(f"{verdict:<9}{seconds:>5.1f} s   {mutant.name:<28}{mutant.file:<12}{mutant.bug}", flush=True)
             if verdict != "killed":
                 print("\n".join(log.splitlines()[-30:]), flush=True)
     counts = {verdict: verdicts.count(verdict) for verdict in ("killed", "survived", "broken")}
