@@ -40,6 +40,13 @@ def import_packages() -> None:
     torch.set_num_threads(1)
 
 
+def copy_of(original: Path, name: str) -> Path:
+    """A copy beside the original; nobody writes into data, so that is only linked."""
+    copy = shutil.copytree(original, original.parent / name, ignore=shutil.ignore_patterns("data"))
+    (copy / "data").symlink_to(original / "data")
+    return copy
+
+
 def run_tests(copy: Path, tests: list[str]) -> int | None:
     """pytest's exit status for these tests of a copy, or None if they took longer than LIMIT. Their output is in copy/log."""
     process = multiprocessing.get_context("fork").Process(target=_pytest, args=(copy, tests))
@@ -68,7 +75,7 @@ def _pytest(copy, tests):
 def try_mutant(mutant: Mutant, original: Path) -> tuple[str, float, str]:
     """(killed | survived | broken, seconds, what the tests said) of one mutant, in a copy of its own."""
     start = time.perf_counter()
-    copy = shutil.copytree(original, original.parent / mutant.name)
+    copy = copy_of(original, mutant.name)
     source = (copy / mutant.file).read_text(encoding="utf-8")
     if (count := source.count(mutant.old)) != 1:
         return "broken", 0.0, f"{mutant.file} holds its old text {count} times; it must stand there once:\n{mutant.old}"
@@ -86,7 +93,7 @@ def check_unmutated(chosen: list[Mutant], original: Path, pool: ThreadPoolExecut
     files = {}
     for test in sorted({test for mutant in chosen for test in mutant.tests}):
         files.setdefault(Path(test.partition("::")[0]).stem, []).append(test)
-    copies = [shutil.copytree(original, original.parent / f"unmutated-{name}") for name in files]
+    copies = [copy_of(original, f"unmutated-{name}") for name in files]
     for copy, status in zip(copies, pool.map(run_tests, copies, files.values())):
         if status != 0:
             log = (copy / "log").read_text(errors="replace")
