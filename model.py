@@ -366,6 +366,7 @@ class Decoder:
         with torch.no_grad():
             encoded = policy.model.model(**inputs, past_key_values=DynamicCache(config=policy.model.config)).past_key_values
         self.prompts = [(layer.keys, layer.values) for layer in encoded.layers]  # (P, key heads, L, d) each
+        self.computed, self.needed = inputs["input_ids"].numel(), int(inputs["attention_mask"].sum())  # tokens, so far
         padding = inputs["attention_mask"][:, None, None] == 0  # (P, 1, 1, L)
         self.prompt_padding = padding if padding.any() else None
 
@@ -377,7 +378,8 @@ class Decoder:
         good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from torch's
         global generator.
         """
-        self._keep([i for i, row in enumerate(self.rows) if any(row is each for each in live)])
+        wanted = set(map(id, live))
+        self._keep([i for i, row in enumerate(self.rows) if id(row) in wanted])
         inputs = self._unseen_inputs()
         recorder = LogpRecorder(temperature or 1.0)
         law = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
@@ -392,7 +394,7 @@ class Decoder:
         new = output[:, inputs["input_ids"].shape[1]:].tolist()
         logps = torch.stack(recorder.steps, dim=1).tolist()  # (B, new)
         lengths = [ids.index(self.policy.end_id) + 1 if self.policy.end_id in ids else len(ids) for ids in new]
-        self._note(inputs, lengths, len(new[0]) - 1)
+        self._note(inputs, lengths, len(new[0]) - 1)  # the last token was sampled, not fed
         return [(ids[:length], row_logps[:length]) for ids, row_logps, length in zip(new, logps, lengths)]
 
     def _unseen_inputs(self):
@@ -410,7 +412,10 @@ class Decoder:
         """What the cache holds after `generate`: the inputs, and all sampled tokens but the last step's."""
         sampled = torch.tensor(lengths, device=self.policy.device)[:, None]
         fed = torch.arange(steps, device=self.policy.device) < sampled  # (B, steps)
+        before = int(self.filled.sum())
         self.filled = torch.cat([inputs["attention_mask"].bool(), fed], dim=1)
+        self.needed += int(self.filled.sum()) - before
+        self.computed += inputs["input_ids"].numel() + fed.numel()
         self.seen = [len(row.ids) + min(length, steps) for row, length in zip(self.rows, lengths)]
         self.num_images = [len(row.images) for row in self.rows]
 

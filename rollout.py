@@ -121,29 +121,26 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
              temperature: float = 1.0, prompt: str = "short",
              sampler: Sampler | None = None) -> tuple[list[Rollout], dict[str, float]]:
     """Play group_size episodes of each task with live tools. Returns B = P·G rollouts, those of a task side by side,
-    and seconds spent: {"generate", "tools"}.
+    and what was spent: seconds as "generate" and "tools", and "padding", the share of the tokens fed to the policy that is.
 
     temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces the policy by any other
     source of actions (a recorded chain, a demonstrator); it gets the live rollouts and returns (ids, log-probs) for each.
     Raises ValueError, naming the task, if a prompt leaves no room for one turn.
     """
     rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
-    seconds = {"generate": 0.0, "tools": 0.0}
+    seconds, computed, needed = {"generate": 0.0, "tools": 0.0}, 0, 0
     rows = max(1, limits.batch_tokens // limits.max_tokens)
     for start in range(0, len(rollouts), rows):
         part = rollouts[start:start + rows]
-        _play(policy, part, tools, limits, sampler or _sampler(policy, part, limits, temperature), seconds)
-    return rollouts, seconds
-
-
-def _sampler(policy, rollouts, limits, temperature):
-    decoder = None
-
-    def sample(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
-        nonlocal decoder
-        decoder = decoder or Decoder(policy, rollouts)  # not before: encoding the prompts counts as generating
-        return decoder.sample(live, limits.max_new_tokens, temperature)
-    return sample
+        if sampler is not None:
+            _play(policy, part, tools, limits, sampler, seconds)
+            continue
+        mark = time.perf_counter()
+        decoder = Decoder(policy, part)
+        seconds["generate"] += time.perf_counter() - mark
+        _play(policy, part, tools, limits, lambda live: decoder.sample(live, limits.max_new_tokens, temperature), seconds)
+        computed, needed = computed + decoder.computed, needed + decoder.needed
+    return rollouts, seconds | {"padding": 1 - needed / computed if computed else 0.0}
 
 
 def _play(policy, rollouts, tools, limits, sampler, seconds):

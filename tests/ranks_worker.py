@@ -137,6 +137,13 @@ def main(model, reference, out):
         keep(f"gradient_{loss}", step(model, teacher, rows, sgd, LARGE, loss)[1])
     policy, result = step(model, teacher, rows, adamw, SMALL)
     keep("adamw", result)
+    copy = copy_policy(policy)
+    batches, _ = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], LARGE)
+    with torch.no_grad():
+        logps = [score(p, batches[0], 1.0)[0] for p in (policy, copy)]
+    for p in (policy, copy):
+        p.model.reshard()
+    keep("copy", {"weights": weights(copy), "here": here(copy), "logps": logps})
     export(policy, Path(out) / f"exported-{dist.get_world_size()}")
     dist.barrier()
     if dist.get_world_size() == 2:

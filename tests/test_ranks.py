@@ -101,6 +101,14 @@ def test_export_writes_tied_weights_once(ranks, model_folder, size):
             == load_file(model_folder / "model.safetensors").keys())
 
 
+@pytest.mark.parametrize("size, rank", [(1, 0), (2, 0), (2, 1)])
+def test_a_copy_has_the_weights_of_the_moment_each_rank_its_share(ranks, size, rank):
+    copy, trained = ranks("copy", size, rank), ranks("adamw", size, rank)
+    assert_same(copy["weights"], trained["weights"], atol=0, rtol=0)
+    assert copy["here"] == ranks("load", size, rank)["here"]
+    assert torch.equal(*copy["logps"])
+
+
 # ---- rollouts ------------------------------------------------------------------------------------------------------
 
 def test_ranks_take_different_numbers_of_turns_and_sample_what_a_whole_model_samples(ranks):
