@@ -41,10 +41,8 @@ def import_packages() -> None:
 
 
 def copy_of(original: Path, name: str) -> Path:
-    """A copy beside the original; nobody writes into data, so that is only linked."""
-    copy = shutil.copytree(original, original.parent / name, ignore=shutil.ignore_patterns("data"))
-    (copy / "data").symlink_to(original / "data")
-    return copy
+    """A copy beside the original, of hard links: a file is changed by putting another in its place."""
+    return shutil.copytree(original, original.parent / name, copy_function=os.link)
 
 
 def run_tests(copy: Path, tests: list[str]) -> int | None:
@@ -79,6 +77,7 @@ def try_mutant(mutant: Mutant, original: Path) -> tuple[str, float, str]:
     source = (copy / mutant.file).read_text(encoding="utf-8")
     if (count := source.count(mutant.old)) != 1:
         return "broken", 0.0, f"{mutant.file} holds its old text {count} times; it must stand there once:\n{mutant.old}"
+    (copy / mutant.file).unlink()
     (copy / mutant.file).write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     status = run_tests(copy, mutant.tests)
     # 1: a test failed. Anything else (no such test, a file that does not import, a crash) proves nothing.
