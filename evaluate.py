@@ -7,14 +7,21 @@
 `evaluate_tasks` plays each task once, greedily, with live tools; `score` averages over all tasks of a split, unanswered
 ones included. Standard output ends with a line of JSON: {"all": {"f1", "em", "n"}, "simple": …, "hard": …}.
 Left out on purpose: sampling and votes (greedy decoding draws no random numbers: there is no seed), several GPUs on the
-command line (`success_rates`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
+command line (`evaluate_policy`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
 replacing the crop box in the model's code by the one in the question.
 """
+import fcntl
 import json
+import math
+import os
+import shutil
 import sys
+import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -206,22 +213,53 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
             for r in rollouts]
     scores = score(rows, benchmark)
     for name, value in {"predictions.json": rows, "scores.json": scores}.items() if output_dir else ():
-        Path(output_dir, name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_whole(Path(output_dir, name), json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     oks = [turn.result.ok for r in rollouts for turn in r.turns if turn.result is not None]
     print(f"episodes ended by {dict(Counter(r.stop for r in rollouts))}; tool calls: {len(oks)}, "
           f"of them failed: {oks.count(False)}", file=sys.stderr)
     return scores
 
 
-def success_rates(policy, tasks: list[dict], tools, limits, *, temperature: float, prompt: str) -> dict:
-    """Shares of exact matches, 0 to 1: {"success", "n", "by_family", "by_type"}. All ranks call it and share the tasks."""
+def write_summary(out: Path, steps: int, **facts) -> dict:
+    """summary.json: held-out success before, after and with the tools off, in all and by family and type, and the facts."""
+    rows = read_json_lines(out / "evaluations.jsonl")
+    wanted = {"before": (0, "on"), "after": (steps, "on"), "tools_off": (steps, "off")}
+    picked = {when: next((r for r in rows if (r["step"], r["tools"]) == key), {}) for when, key in wanted.items()}
+    summary = {f"success_{when}": row.get("success") for when, row in picked.items()}
+    for key in ("by_family", "by_type"):
+        summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
+                        for name in picked["after"].get(key, {})}
+    summary |= {"steps": steps, **facts}
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def seed_step(seed: int, step: int) -> None:
+    """All random numbers of a step on a rank: nothing has to be saved to resume, and ranks differ."""
+    import torch
+    torch.manual_seed((seed * 100_003 + step) * 1_009 + torch.distributed.get_rank())
+
+
+def evaluate_policy(policy, tasks: list[dict], tools, step: int, config, reasons: Callable[[], list[str]]) -> bool:
+    """Success on held-out tasks as a row of evaluations.jsonl, once a step with the tools on or off; ranks share the tasks.
+
+    A row has shares of exact matches, 0 to 1: {"step", "tools", "success", "n", "by_family", "by_type"}. If any rank has
+    `reasons` to end the run, rollouts end early, no row is written, since none is known, and False is returned.
+    """
     import torch.distributed as dist
 
     from model import gather, gathered
     from rollout import roll_out
-    mine = tasks[dist.get_rank()::dist.get_world_size()]
+    label, start = "on" if tools.code or tools.search else "off", time.perf_counter()
+    path, limits = Path(config.output_dir) / "evaluations.jsonl", replace(config.limits(), max_turns=config.max_turns)
+    if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
+        return True
+    seed_step(config.seed, -1 - step)
     with gathered(policy):
-        rollouts, _ = roll_out(policy, mine, tools, limits, temperature=temperature, prompt=prompt)
+        rollouts, _ = roll_out(policy, tasks[dist.get_rank()::dist.get_world_size()], tools, limits, prompt=config.prompt,
+                               temperature=config.eval_temperature, interrupted=lambda: bool(reasons()))
+    if gather(reasons()):
+        return False
     groups = {"success": {}, "by_family": {}, "by_type": {}}
     for family, kinds, hit in gather([(r.task["family"], r.task["type"], exact_match(r.answer, r.task["answers"]))
                                       for r in rollouts]):
@@ -229,7 +267,72 @@ def success_rates(policy, tasks: list[dict], tools, limits, *, temperature: floa
             groups[key].setdefault(name, []).append(hit)
     rates = {key: {name: round(fmean(hits), 4) for name, hits in sorted(by_name.items())}
              for key, by_name in groups.items()}
-    return {**rates, "success": rates["success"]["all"], "n": len(tasks)}
+    if dist.get_rank() == 0:
+        success, kinds = rates["success"]["all"], "  ".join(f"{kind} {rate:.0%}" for kind, rate in rates["by_type"].items())
+        append_json_line(path, {"step": step, "tools": label, **rates, "success": success, "n": len(tasks)})
+        print(f"held-out success, tools {label}: {success:.1%} of {len(tasks)}   ({kinds})   "
+              f"{time.perf_counter() - start:.0f} s", flush=True)
+    dist.barrier()  # the row is there before any rank looks for it
+    return True
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The whole rows of a file; a last one without its line end was cut off by a kill."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def append_json_line(path: Path, row: dict) -> None:
+    """Add a row, on the disk when this returns. A number that is not finite becomes null: JSON has no NaN."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    with open(path, "a") as file:
+        print(json.dumps(finite, allow_nan=False), file=file, flush=True)
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename: whoever reads the file sees the old text or the new one, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        print(text, end="", file=file, flush=True)
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def publish(beside: Path, final: Path) -> None:
+    """Give a folder its final name once all its files are on the disk; one of that name makes way."""
+    for path in beside.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final.rename(final.with_name(f"{final.name}.old.tmp")))  # never in parts under its own name
+    beside.rename(final)
+
+
+def take_folder(out: Path) -> None:
+    """Raise ValueError if the folder cannot be written, or another run is at it; the first rank's process keeps it locked."""
+    try:
+        (out / "rollouts").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"x" * 4096)
+        if os.environ.get("RANK", "0") == "0":
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        why = "another process trains there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
+        raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint of a run, oldest first."""
+    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
+
+
+def clean(out: Path, step: int) -> None:
+    """Bring the folder of a run back to what it was after `step`: what is later, or half written, is removed."""
+    for path in [*out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp"), *(out / "rollouts").glob("step_*")]:
+        if path.suffix == ".tmp" or int(path.stem[5:]) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path) if row["step"] <= step))
 
 
 def _option(default, text):

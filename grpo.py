@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 LOSSES = ("grpo", "dr_grpo", "dapo")
 
@@ -42,26 +41,53 @@ def group_advantages(rewards: torch.Tensor, loss: str = "grpo") -> torch.Tensor:
 
 
 def token_logps(hidden: torch.Tensor, lm_head: torch.Tensor, targets: torch.Tensor, *, temperature: float,
-                suppressed: torch.Tensor, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+                suppressed: torch.Tensor, chunk: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target under the law that sampled it, and that law's entropy (no gradient).
 
     hidden (N, H), lm_head (V, H), targets (N,) int64, suppressed (S,) int64: ids that sampling never emits, taken out of
-    the softmax here too, so that sampler and scorer are one distribution. Returns two (N,) float32 tensors, in nats.
-    Works in chunks that are recomputed in the backward pass: at most chunk·V logits exist at a time, never N·V.
+    the softmax here too, so that sampler and scorer are one distribution. Returns two (N,) tensors in nats, float32
+    (float64 for float64).
+    At most chunk·V logits exist at a time, never N·V: the backward pass computes them again, and keeps N sums for it.
     """
-    parts = [checkpoint(_chunk_logps, h, lm_head, t, temperature, suppressed, use_reentrant=False)
-             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    logps, entropy = zip(*parts)
-    return torch.cat(logps), torch.cat(entropy)
+    return _TokenLogps.apply(hidden, lm_head, targets, temperature, suppressed, chunk)
 
 
-def _chunk_logps(hidden, lm_head, targets, temperature, suppressed):
-    logits = torch.nn.functional.linear(hidden, lm_head).float() / temperature  # (n, V)
-    logits = logits.index_fill(1, suppressed, float("-inf"))
-    logps = torch.log_softmax(logits, dim=1)
-    with torch.no_grad():  # p·log p is 0 where p is 0: xlogy-style guard against 0 · -inf
-        entropy = -(logps.exp() * logps.masked_fill(logps == float("-inf"), 0.0)).sum(dim=1)
-    return logps.gather(1, targets[:, None]).squeeze(1), entropy  # (n,), (n,)
+class _TokenLogps(torch.autograd.Function):
+    """With p = softmax(z), z = hidden · lm_headᵀ / temperature: dlogp_t / dz = onehot(t) - p, and two products more."""
+
+    @staticmethod
+    def forward(ctx, hidden, lm_head, targets, temperature, suppressed, chunk):
+        logps, entropy, norms = [], [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = _logits(h, lm_head, temperature, suppressed)  # (n, V)
+            norms.append(logits.logsumexp(dim=1))  # (n,)
+            logps.append(logits.gather(1, t[:, None]).squeeze(1) - norms[-1])
+            p = (logits - norms[-1][:, None]).exp_()
+            logits.index_fill_(1, suppressed, 0.0)  # p·z is 0 there, not 0 · -inf
+            entropy.append(norms[-1] - torch.einsum("nv,nv->n", p, logits))
+        ctx.save_for_backward(hidden, lm_head, targets, suppressed, torch.cat(norms))
+        ctx.temperature, ctx.chunk = temperature, chunk
+        entropy = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logps), entropy
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        hidden, lm_head, targets, suppressed, norms = ctx.saved_tensors
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(lm_head)
+        by_token = (hidden, targets, norms, upstream / ctx.temperature, d_hidden)
+        for h, t, norm, u, d in zip(*(x.split(ctx.chunk) for x in by_token)):
+            p = _logits(h, lm_head, ctx.temperature, suppressed).sub_(norm[:, None]).exp_()  # (n, V)
+            d_logits = p.mul_(-u[:, None]).scatter_add_(1, t[:, None], u[:, None]).to(h.dtype)
+            torch.mm(d_logits, lm_head, out=d)
+            d_head.addmm_(d_logits.T, h)
+        return d_hidden, d_head, None, None, None, None
+
+
+def _logits(hidden, lm_head, temperature, suppressed):
+    logits = torch.nn.functional.linear(hidden, lm_head)  # (n, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+    return logits.index_fill_(1, suppressed, float("-inf"))
 
 
 def kl_k1(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:

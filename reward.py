@@ -13,6 +13,8 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
+from tools import parse_action
+
 # An episode is paid for its form and its answer, 1:1 (paper); its tool parts are logged but not optimised.
 WEIGHTS = {"format": 1.0, "accuracy": 1.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
 # A single step is paid for its form and for the one part that fits its gold action (paper, released code).
@@ -198,3 +200,17 @@ def parse_weights(text: str, defaults: Mapping[str, float] = WEIGHTS) -> dict[st
             raise ValueError(f"weight of {name!r} must be a plain number, got {value!r}; write {name}=1.0")
         named[name] = float(value)
     return {**defaults, **named}
+
+
+def reward_parts(rollout, mode: str) -> dict[str, float]:
+    """The named parts of the reward of a `rollout.Rollout`, each within 0 and 1; mode: "episode" or "step"."""
+    task, turns = rollout.task, rollout.turns
+    if mode == "step":
+        action, gold = turns[0].action, parse_action(task["solution"])
+        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
+    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not turn.is_lost]
+    return episode_reward(
+        [turn.text for turn in turns], rollout.answer, task["answers"],
+        problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
+        gold_labels=task["type"] or None, tool_oks=[result.ok for _, result in results],
+        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)

@@ -14,8 +14,10 @@ Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, N tokens of 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image, ImageOps
@@ -78,11 +80,11 @@ class Turn:
     result: ToolResult | None = None  # of a search or a code call
     observation: str | None = None  # None where the rollout ended with this turn
 
-
-def is_lost(turn: Turn) -> bool:
-    """Whether its tool call was a search that failed through no fault of the policy: server, network or budget."""
-    known = (None, "empty_query", "no_results", "off")
-    return turn.action.kind == "search" and turn.result is not None and turn.result.error not in known
+    @property
+    def is_lost(self) -> bool:
+        """Whether its tool call was a search that failed through no fault of the policy: server, network or budget."""
+        known = (None, "empty_query", "no_results", "off")
+        return self.action.kind == "search" and self.result is not None and self.result.error not in known
 
 
 @dataclass
@@ -118,36 +120,37 @@ Sampler = Callable[[list[Rollout]], list[tuple[list[int], list[float]]]]
 
 
 def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *, group_size: int = 1,
-             temperature: float = 1.0, prompt: str = "short",
-             sampler: Sampler | None = None) -> tuple[list[Rollout], dict[str, float]]:
+             temperature: float = 1.0, prompt: str = "short", sampler: Sampler | None = None,
+             interrupted: Callable[[], bool] = lambda: False) -> tuple[list[Rollout], dict[str, float]]:
     """Play group_size episodes of each task with live tools. Returns B = P·G rollouts, those of a task side by side,
     and what was spent: seconds as "generate" and "tools", and "padding", the share of the tokens fed to the policy that is.
 
     temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces the policy by any other
     source of actions (a recorded chain, a demonstrator); it gets the live rollouts and returns (ids, log-probs) for each.
+    `interrupted` is asked before each turn; once it says True, rollouts come back as they are, and are to be thrown away.
     Raises ValueError, naming the task, if a prompt leaves no room for one turn.
     """
     rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
     seconds, computed, needed = {"generate": 0.0, "tools": 0.0}, 0, 0
     rows = max(1, limits.batch_tokens // limits.max_tokens)
     for start in range(0, len(rollouts), rows):
-        part = rollouts[start:start + rows]
-        if sampler is not None:
-            _play(policy, part, tools, limits, sampler, seconds)
-            continue
-        mark = time.perf_counter()
-        decoder = Decoder(policy, part)
+        if interrupted():
+            break
+        part, mark = rollouts[start:start + rows], time.perf_counter()
+        decoder = None if sampler else Decoder(policy, part)
         seconds["generate"] += time.perf_counter() - mark
-        _play(policy, part, tools, limits, lambda live: decoder.sample(live, limits.max_new_tokens, temperature), seconds)
-        computed, needed = computed + decoder.computed, needed + decoder.needed
+        act = sampler or partial(decoder.sample, max_new_tokens=limits.max_new_tokens, temperature=temperature)
+        _play(policy, part, tools, limits, act, interrupted, seconds)
+        if decoder:
+            computed, needed = computed + decoder.computed, needed + decoder.needed
     return rollouts, seconds | {"padding": 1 - needed / computed if computed else 0.0}
 
 
-def _play(policy, rollouts, tools, limits, sampler, seconds):
+def _play(policy, rollouts, tools, limits, sampler, interrupted, seconds):
     """Turn by turn until all have ended; adds to the seconds."""
     for turn in range(limits.max_turns):
         live = [r for r in rollouts if r.stop is None]
-        if not live:
+        if not live or interrupted():
             break
         start = time.perf_counter()
         for rollout, (ids, logps) in zip(live, sampler(live), strict=True):
@@ -266,7 +269,7 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
     for n, turn in enumerate(rollout.turns):
         row = {"text": turn.text, "action": turn.action.kind, "observation": turn.observation}
         if turn.result is not None:
-            row |= {"ok": turn.result.ok, "error": turn.result.error, "lost": is_lost(turn),
+            row |= {"ok": turn.result.ok, "error": turn.result.error, "lost": turn.is_lost,
                     "seconds": round(turn.result.seconds, 4)}
             if folder is not None and turn.result.image is not None:
                 row["image"] = f"{name}-{n}.png"
@@ -276,6 +279,35 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
     task = rollout.task
     return {"id": task["id"], "question": task["question"], "image": str(task["image"]), "turns": turns,
             "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop, "tokens": len(rollout.ids)}
+
+
+def rollout_metrics(rows: list[dict]) -> dict[str, float]:
+    """Means over the rows of a step; the caller has added to each its success, reward, reward_parts and advantage."""
+    turns = [turn for row in rows for turn in row["turns"]]
+    names = sorted({name for row in rows for name in row["reward_parts"]})
+    parts = {name: fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names}
+    return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
+            "success": fmean(r["success"] for r in rows), "turns": fmean(len(r["turns"]) for r in rows),
+            "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
+            "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn] or [1]),
+            "searches_lost": sum(turn.get("lost", False) for turn in turns),
+            "stop_length": fmean(r["stop"] == "length" for r in rows),
+            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
+            "flat_groups": fmean(r["advantage"] == 0 for r in rows)}
+
+
+def step_line(row: dict, steps: int, left: float) -> str:
+    """One readable line of a row of metrics; left: seconds to the end. What is wrong stands at its end."""
+    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
+    seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
+    notes = {f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
+             "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
+             "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
+             "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
+    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
+            f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
+            f"padding {row['padding']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}"
+            + "".join(f"  {note}" for note, holds in notes.items() if holds))
 
 
 def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:

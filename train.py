@@ -5,36 +5,44 @@
     python train.py --help                                                 # every flag, with its unit
 
 Seven stages a step, in the order in which `main` shows them: sample prompts, roll out, score, advantages, update, log,
-checkpoint. All randomness of a step comes from (seed, step, rank), so a resumed run replays what an uninterrupted one does.
+checkpoint. All randomness of a step comes from (seed, step, rank), so a resumed run replays what an uninterrupted one does:
+killed at any moment, it leaves the same metrics and weights, on CPUs bit for bit.
 
 Left out on purpose: a trainer class, callbacks, mixed batches of old and new rollouts, a warm start (data/make_model.py).
 
 Legend: P prompts a step, G samples a prompt, B = P·G rollouts, T tokens.
 """
+import hashlib
 import json
+import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from evaluate import load_tasks, success_rates
+from evaluate import (append_json_line, checkpoints, clean, evaluate_policy, load_tasks, publish, read_json_lines,
+                      seed_step, take_folder, write_summary, write_whole)
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, copy_policy, export, gather, gathered, load_policy,
-                   pick_device, score, start_ranks)
-from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
-from rollout import PROMPTS, Limits, Rollout, Tools, collate, is_lost, micro_batches, roll_out, rollout_row
-from tools import CodeTool, SearchTool, parse_action
+                   score, start_ranks)
+from reward import STEP_WEIGHTS, WEIGHTS, exact_match, parse_weights, reward_parts, weighted_sum
+from rollout import (PROMPTS, Limits, Rollout, Tools, collate, micro_batches, roll_out, rollout_metrics, rollout_row,
+                     step_line)
+from tools import CodeTool, SearchTool
 
 
 def flag(default, text):
@@ -86,9 +94,11 @@ class Config:
     eval_every: int = flag(0, "updates between evaluations; 0: only before and after")
     eval_limit: int = flag(0, "held-out tasks used, drawn once; 0: all")
     eval_temperature: float = flag(1.0, "of evaluation; 1: the law that is trained, 0: greedy")
-    save_every: int = flag(20, "updates between checkpoints")
+    save_every: int = flag(20, "steps between checkpoints")
+    keep: int = flag(2, "newest checkpoints that are kept; older ones are removed")
+    max_skipped: int = flag(3, "steps in a row with a loss or gradient that is not finite before the run stops")
     rollouts_every: int = flag(10, "updates between written rollouts; the first and the last are always written")
-    resume: bool = flag(False, "go on from the newest checkpoint in output_dir")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in output_dir, or start there if there is none yet")
 
     def __post_init__(self):
         for name, allowed in {"mode": ("episode", "step"), "prompt": tuple(PROMPTS), "loss": LOSSES}.items():
@@ -98,7 +108,7 @@ class Config:
             raise ValueError(f"--group_size {self.group_size}: a group of one has no advantage; give at least 2")
         positive = ("steps", "prompts_per_step", "max_turns", "max_new_tokens", "temperature", "lr", "save_every",
                     "rollouts_every", "micro_batch_tokens", "batch_tokens", "max_images", "topk", "code_workers",
-                    "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high")
+                    "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high", "keep", "max_skipped")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -124,25 +134,6 @@ def prompts_of_step(tasks: list[dict], step: int, config: Config) -> list[dict]:
         chosen.append(tasks[order[index]])
     share = len(chosen) // dist.get_world_size()
     return chosen[dist.get_rank() * share:(dist.get_rank() + 1) * share]
-
-
-def seed_step(config: Config, step: int) -> None:
-    """All random numbers of a step on a rank: nothing has to be saved to resume, and ranks differ."""
-    torch.manual_seed((config.seed * 100_003 + step) * 1_009 + dist.get_rank())
-
-
-def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
-    """The named parts of a rollout's reward, each within 0 and 1."""
-    task, turns = rollout.task, rollout.turns
-    if mode == "step":
-        action, gold = turns[0].action, parse_action(task["solution"])
-        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
-    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not is_lost(turn)]
-    return episode_reward(
-        [turn.text for turn in turns], rollout.answer, task["answers"],
-        problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
-        gold_labels=task["type"] or None, tool_oks=[result.ok for _, result in results],
-        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)
 
 
 @torch.no_grad()
@@ -194,11 +185,17 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
                 old_logps[i] = logps.detach()
                 gap = max(gap, ((logps - batch.sampled_logps).abs() * batch.action_mask).max().item())
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-        optimizer.step()
+        grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)().item()
+        sums = all_reduce(sums)
+        is_finite = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)  # of all ranks: they skip together
+        if is_finite:
+            optimizer.step()
         optimizer.zero_grad()
+        if not is_finite:
+            break
     policy.model.eval()
-    return {**all_reduce(sums), **all_reduce({"gap": gap}, dist.ReduceOp.MAX), "tokens": counts["tokens"],
-            "grad_norm": getattr(grad_norm, "full_tensor", lambda: grad_norm)().item()}
+    return {**sums, **all_reduce({"gap": gap}, dist.ReduceOp.MAX), "tokens": counts["tokens"], "grad_norm": grad_norm,
+            "skipped": int(not is_finite)}
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -213,130 +210,90 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     out = Path(config.output_dir)
     shown = out / "rollouts" if step in (1, config.steps) or step % config.rollouts_every == 0 else None
     rows = gather([{**rollout_row(r, shown, f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
-                    "reward": rewards[i], "advantage": advantages[i]} for i, r in enumerate(rollouts)])
-    oks = [turn["ok"] for row in rows for turn in row["turns"] if "ok" in turn]
-    names = sorted({name for row in rows for name in row["reward_parts"]})
+                    "reward": rewards[i], "advantage": advantages[i], "success": exact_match(r.answer, r.task["answers"])}
+                   for i, r in enumerate(rollouts)])
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
-    row = {"step": step, "reward": fmean(r["reward"] for r in rows),
-           **{f"reward_{name}": fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names},
-           "success": fmean(exact_match(r["answer"], r["answers"]) for r in rows),
-           "turns": fmean(len(r["turns"]) for r in rows), "tool_errors": 1 - fmean(oks or [1]),
-           "searches_lost": sum(turn.get("lost", False) for row in rows for turn in row["turns"]),
-           "stop_length": fmean(r["stop"] == "length" for r in rows),
-           "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
-           "flat_groups": fmean(r["advantage"] == 0 for r in rows), **metrics, "lr": learning_rate(step - 1, config),
-           "tokens_per_s": metrics["tokens"] / spent["all"], "seconds": spent.pop("all"),
+    row = {"step": step, **rollout_metrics(rows), **metrics, "lr": learning_rate(step - 1, config),
+           "tokens_per_s": metrics["tokens"] / spent["all"], "padding": spent.pop("padding"), "seconds": spent.pop("all"),
            **{f"seconds_{name}": value for name, value in spent.items()}}
     if dist.get_rank() == 0:
-        with open(out / "metrics.jsonl", "a") as file:
-            print(json.dumps(row), file=file)
+        append_json_line(out / "metrics.jsonl", row)
         if shown:
-            (shown / f"step_{step}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            write_whole(shown / f"step_{step}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     return row
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """The whole rows of a file; a last one without its line end was cut off by a kill."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
 def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
-    """Write beside and rename: a checkpoint that has its final name is whole. All but the last two are then removed."""
-    out = Path(config.output_dir)
-    final, temporary = out / f"checkpoint-{step}", out / f"checkpoint-{step}.tmp"
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-    dist.barrier()
+    """Write beside, with the checksum of every file, and rename: a checkpoint is whole or not there. Keeps the last --keep."""
+    out, lead = Path(config.output_dir), dist.get_rank() == 0
+    final, beside = out / f"checkpoint-{step}", out / f"checkpoint-{step}.tmp"
     weights, moments = get_state_dict(policy.model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
-    if dist.get_rank() == 0:
-        (temporary / "config.json").write_text(json.dumps({"step": step, **asdict(config)}, indent=1))
-        temporary.rename(final)
-        for _, old in checkpoints(out)[:-2]:
-            shutil.rmtree(old)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)  # on the disk when it returns
+    if lead:
+        write_whole(beside / "config.json", json.dumps({"step": step, "ranks": dist.get_world_size(), **asdict(config)}))
+    files = checksums(beside)
+    if lead:
+        write_whole(beside / "manifest.json", json.dumps(files, indent=1) + "\n")
+        beside.rename(final)
+        for _, old in checkpoints(out)[:-config.keep]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never in parts under its own name
     dist.barrier()
 
 
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole checkpoint, oldest first."""
-    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
+def checksums(folder: Path) -> dict[str, list]:
+    """{name: [bytes, SHA-256]} of the files of a checkpoint, its manifest apart. All ranks call it and share the work."""
+    names = gather([path.name for path in folder.iterdir()] if dist.get_rank() == 0 else [])
+    found = []
+    for name in sorted(set(names) - {"manifest.json"})[dist.get_rank()::dist.get_world_size()]:
+        with open(folder / name, "rb") as file:
+            found.append((name, [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]))
+    return dict(gather(found))
 
 
-def resume(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> int:
-    """Load the newest whole checkpoint; returns the step to go on with. Later metrics are cut: they will be replayed."""
-    out = Path(config.output_dir)
-    step, folder = (checkpoints(out) or [(0, None)])[-1]
-    if folder:
-        state = dict(zip(("model", "optimizer"), get_state_dict(policy.model, optimizer)))
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(policy.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    if dist.get_rank() == 0:
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
-            kept = [row for row in read_json_lines(out / name) if row["step"] <= step]
-            (out / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+def damaged_files(folder: Path) -> list[str]:
+    """Names of the files of a checkpoint that are not as they were written; none if it is whole. All ranks call it."""
+    found = checksums(folder)
+    try:
+        wanted = json.loads((folder / "manifest.json").read_text())
+        return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    except (OSError, ValueError, AttributeError):
+        return ["manifest.json"]
+
+
+def find_checkpoint(config: Config) -> tuple[int, Path | None]:
+    """(step, folder) of the newest whole checkpoint, or (0, None) where none was written yet. Later rows are cut, to be
+    replayed; damaged checkpoints are set aside, not deleted. Ends the run if all are damaged or the model is another."""
+    out, lead, damaged = Path(config.output_dir), dist.get_rank() == 0, []
+    found = checkpoints(out)
+    while found and (names := damaged_files(found[-1][1])):
+        damaged.append(found.pop()[1])
+        print(f"{damaged[-1]} is damaged: {', '.join(names)}")
+    if damaged and not found:
+        sys.exit(f"error: no checkpoint in {out} is whole; bring one back, or choose another --output_dir" if lead else 1)
+    step, folder = found[-1] if found else (0, None)
+    path, now = (folder or out) / "config.json", {"ranks": dist.get_world_size(), **asdict(config)}
+    before = json.loads(path.read_text()) if path.exists() else now  # a run can be killed before it is there
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now.keys() - {"output_dir", "resume"}
+               if before.get(name) != now[name]]
+    if before["model"] != config.model:
+        sys.exit(f"error: {out} is a run of --model {before['model']}, where its KL starts; give that one" if lead else 1)
+    print(f"resumes from {folder}" if folder else f"{out} has no checkpoint yet: starts at the first step",
+          f"; changed, so it may be no replay: {', '.join(sorted(changed))}" * bool(changed), sep="", flush=True)
+    if lead:
+        for path in damaged:
+            path.rename(path.with_suffix(".damaged"))
+        clean(out, step)
     dist.barrier()
-    return step
-
-
-def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, config: Config) -> None:
-    """Success on held-out tasks as a row of evaluations.jsonl, once for each step with the tools on or off."""
-    path = Path(config.output_dir) / "evaluations.jsonl"
-    label = "on" if tools.code or tools.search else "off"
-    if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
-        return
-    start = time.perf_counter()
-    seed_step(config, -1 - step)
-    rates = success_rates(policy, tasks, tools, replace(config.limits(), max_turns=config.max_turns),
-                          temperature=config.eval_temperature, prompt=config.prompt)
-    if tools.search and search_is_spent(tools.search):
-        return  # no row: it is not known what the policy can do; --resume evaluates again
-    if dist.get_rank() == 0:
-        with open(path, "a") as file:
-            print(json.dumps({"step": step, "tools": label, **rates}), file=file)
-        kinds = "  ".join(f"{kind} {value:.0%}" for kind, value in rates["by_type"].items())
-        print(f"held-out success, tools {label}: {rates['success']:.1%} of {rates['n']}   ({kinds})   "
-              f"{time.perf_counter() - start:.0f} s", flush=True)
-    dist.barrier()  # the row is there before any rank looks for it
-
-
-def search_is_spent(search: SearchTool) -> bool:
-    """Whether the search budget of any rank is used up. All ranks call it."""
-    return all_reduce({"spent": search.spent}, dist.ReduceOp.MAX)["spent"] > 0
-
-
-def write_summary(config: Config, seconds: float) -> dict:
-    """summary.json: held-out success before, after and with the tools switched off, in all and by family and type."""
-    out = Path(config.output_dir)
-    rows = read_json_lines(out / "evaluations.jsonl")
-    wanted = {"before": (0, "on"), "after": (config.steps, "on"), "tools_off": (config.steps, "off")}
-    picked = {when: next((r for r in rows if (r["step"], r["tools"]) == key), {}) for when, key in wanted.items()}
-    summary = {f"success_{when}": row.get("success") for when, row in picked.items()}
-    for key in ("by_family", "by_type"):
-        summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
-                        for name in picked["after"].get(key, {})}
-    summary |= {"steps": config.steps, "seconds": round(seconds, 1), "seed": config.seed, "ranks": dist.get_world_size()}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
-
-
-def step_line(row: dict, config: Config, left: float) -> str:
-    """One readable line a step."""
-    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
-    seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
-    return (f"step {row['step']:>3}/{config.steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
-            f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
-            f"left {int(left) // 60}:{int(left) % 60:02d}"
-            + f"  {row['searches_lost']} searches lost" * (row["searches_lost"] > 0))
+    return step, folder
 
 
 # ----------------------------------------------------------------------------------------------------------------- the run
 def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     """Check what can be checked before a model is loaded; returns (training tasks, held-out tasks, search tool)."""
     check_model(config.model)
-    if Path(config.output_dir, "metrics.jsonl").exists() and not config.resume:
-        raise ValueError(f"--output_dir {config.output_dir} holds a run; add --resume to go on, or choose another folder")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    out, world = Path(config.output_dir), int(os.environ.get("WORLD_SIZE", 1))
+    if not config.resume and any((out / name).exists() for name in ("config.json", "metrics.jsonl", "evaluations.jsonl")):
+        raise ValueError(f"--output_dir {out} holds a run; add --resume to go on, or choose another folder")
     if config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide among {world} ranks")
     tasks = load_tasks(config.tasks)
@@ -347,8 +304,10 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
         held_out = random.Random(0).sample(held_out, config.eval_limit)  # in file order the first ones are of one family
     if 0 < config.search_budget < world:
         raise ValueError(f"--search_budget {config.search_budget} does not divide among {world} ranks; give at least {world}")
-    return tasks, held_out, SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
-                                       budget=config.search_budget // world if config.search_budget else None)
+    search = SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
+                        budget=config.search_budget // world if config.search_budget else None)
+    take_folder(out)  # at the end: a run that is refused leaves none
+    return tasks, held_out, search
 
 
 def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool) -> None:
@@ -356,34 +315,56 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     begin = time.perf_counter()
     start_ranks()
     out, lead = Path(config.output_dir), dist.get_rank() == 0
+    if not lead:
+        sys.stdout = open(os.devnull, "w")  # the first rank speaks for all
+    first, folder = find_checkpoint(config) if config.resume else (0, None)
     options = {"shard": True, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     policy = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing, **options)
     reference = copy_policy(policy) if config.beta > 0 else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
+    if folder:
+        state = dict(zip(("model", "optimizer"), get_state_dict(policy.model, optimizer)))
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(policy.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    elif (needed := 12 * sum(p.numel() for p in policy.model.parameters())) > shutil.disk_usage(out).free:
+        sys.exit(f"error: a checkpoint takes {needed / 1e9:.2g} GB, --output_dir {out} has less room; make some" if lead else 1)
     if lead:
-        (out / "rollouts").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
-              f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; see {out}", flush=True)
-    first = resume(policy, optimizer, config) if config.resume else 0
+        write_whole(out / "config.json", json.dumps({"ranks": dist.get_world_size(), **asdict(config)}, indent=1) + "\n")
+    print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
+        f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; see {out}")
+    rows = read_json_lines(out / "metrics.jsonl")
+    skipped = len(list(takewhile(lambda row: row["skipped"], reversed(rows)))) % config.max_skipped  # in a row, of this start
+    signals, saved = [], first
+    for number in (signal.SIGTERM, signal.SIGINT):  # noted only: the run ends where all ranks agree to
+        signal.signal(number, lambda number, _: signals.append(signal.Signals(number).name))
+
+    def reasons() -> list[str]:  # of this rank to end the run
+        return (signals[:1] + [f"--search_budget {config.search_budget} is spent"] * search.spent
+                + [f"{skipped} steps in a row had a loss or gradient that is not finite"] * (skipped >= config.max_skipped))
+
+    def stop(where: str, why: str) -> None:
+        if lead:
+            print(f"stopped {where}: {why}; --resume goes on", file=sys.stderr)
+        sys.exit(0 if why.startswith("SIG") else 1)
     with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code_tool:
         tools = Tools(code_tool, search)
         if first == 0 or config.eval_every and first % config.eval_every == 0:  # unless its row is there
-            evaluate_policy(policy, held_out, tools, first, config)
+            evaluate_policy(policy, held_out, tools, first, config, reasons)
         training = time.perf_counter()
         for step in range(first, config.steps):
             clock = time.perf_counter()
             # 1. sample prompts
             prompts = prompts_of_step(tasks, step, config)
-            seed_step(config, step)
+            seed_step(config.seed, step)
             # 2. roll out, with live tools and no collectives
             with gathered(policy):
                 rollouts, seconds = roll_out(policy, prompts, tools, config.limits(), group_size=config.group_size,
-                                             temperature=config.temperature, prompt=config.prompt)
-            if search_is_spent(search):  # what was just rolled out was told so: it is thrown away
-                if step > first:  # otherwise its checkpoint is there, or nothing has been learnt
+                                             temperature=config.temperature, prompt=config.prompt,
+                                             interrupted=lambda: bool(reasons()))
+            if why := gather(reasons()):  # on any rank: what was just rolled out is thrown away
+                if step > saved:
                     save_checkpoint(policy, optimizer, step, config)
-                sys.exit(f"stopped before step {step + 1}: --search_budget {config.search_budget} is spent; --resume goes on")
+                stop(f"before step {step + 1}", why[0])
             # 3. score: rewards by part
             parts = [reward_parts(r, config.mode) for r in rollouts]
             rewards = [weighted_sum(p, config.reward_weights()) for p in parts]
@@ -402,21 +383,22 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
             seconds["update"] = time.perf_counter() - mark
             # 6. log
             row = log_step(step + 1, rollouts, parts, rewards, advantages, metrics, seconds, clock, config)
-            if lead:
-                left = (time.perf_counter() - training) / (step + 1 - first) * (config.steps - step - 1)
-                print(step_line(row, config, left), flush=True)
+            left = (time.perf_counter() - training) / (step + 1 - first) * (config.steps - step - 1)
+            print(step_line(row, config.steps, left), flush=True)
+            skipped = skipped + 1 if row["skipped"] else 0
             # 7. checkpoint
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save_checkpoint(policy, optimizer, step + 1, config)
+                saved = step + 1
             if config.eval_every and (step + 1) % config.eval_every == 0:
-                evaluate_policy(policy, held_out, tools, step + 1, config)
-        evaluate_policy(policy, held_out, tools, config.steps, config)
-        if search_is_spent(search):
-            sys.exit(f"stopped in its evaluation: --search_budget {config.search_budget} is spent; --resume goes on")
-    evaluate_policy(policy, held_out, Tools(), config.steps, config)
-    export(policy, out / "model")
+                evaluate_policy(policy, held_out, tools, step + 1, config, reasons)
+        if not all(evaluate_policy(policy, held_out, t, config.steps, config, reasons) for t in (tools, Tools())):
+            stop("in its evaluation", gather(reasons())[0])
+    export(policy, out / "model.tmp")
     if lead:
-        summary = write_summary(config, time.perf_counter() - begin)
+        publish(out / "model.tmp", out / "model")
+        summary = write_summary(out, config.steps, seconds=round(time.perf_counter() - begin, 1), seed=config.seed,
+                                ranks=dist.get_world_size())
         print(f"done in {summary['seconds']:.0f} s; the model is in {out / 'model'}\n{json.dumps(summary)}")
     dist.destroy_process_group()
 
@@ -424,11 +406,17 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
 if __name__ == "__main__":
     try:
         [arguments] = HfArgumentParser(Config, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+        arguments.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
         prepared = prepare(arguments)
     except (OSError, ValueError) as error:  # what a user can mend; whatever is raised later keeps its traceback
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    main(arguments, *prepared)
+    try:
+        record(main)(arguments, *prepared)  # torchrun's last words are the error of the rank that failed first
+    except (OSError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        sys.exit(f"error: {cause}; {arguments.output_dir} has {shutil.disk_usage(arguments.output_dir).free / 1e9:.2f} GB free and "
+                 "keeps what was written before: make room or mend what is wrong, then --resume goes on")

@@ -135,6 +135,14 @@ def main(model, reference, out):
         keep(f"gradient_{name}", step(model, teacher, rows, sgd, tokens)[1])
     for loss in ("dr_grpo", "dapo"):
         keep(f"gradient_{loss}", step(model, teacher, rows, sgd, LARGE, loss)[1])
+    made = []
+
+    def adamw_kept(parameters):
+        made.append(adamw(parameters))
+        return made[-1]
+    last = dist.get_rank() == dist.get_world_size() - 1  # the others' numbers are sound
+    bad = [(r, float("inf")) for r, _ in rows] if last else rows
+    keep("not_finite", step(model, teacher, bad, adamw_kept, LARGE)[1] | {"state": len(made[0].state)})
     policy, result = step(model, teacher, rows, adamw, SMALL)
     keep("adamw", result)
     copy = copy_policy(policy)

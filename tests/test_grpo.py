@@ -78,7 +78,7 @@ def test_a_group_does_not_see_the_others():
 
 
 def random_case(num_tokens=7, vocabulary=11, width=5):
-    """float64, so that a difference of formula cannot hide behind rounding (the logits themselves are float32)."""
+    """float64, so that a difference of formula cannot hide behind rounding."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, width, generator=rng, dtype=torch.float64, requires_grad=True)
     lm_head = torch.randn(vocabulary, width, generator=rng, dtype=torch.float64, requires_grad=True)
@@ -99,13 +99,13 @@ def test_logps_and_gradients_are_those_of_a_softmax_over_the_kept_ids_at_the_tem
     logps, entropy = token_logps(hidden, lm_head, targets, temperature=temperature, suppressed=torch.tensor(
         suppressed, dtype=torch.int64), chunk=3)
     expected, law = plain_logps(hidden, lm_head, targets, temperature, kept)
-    upstream = torch.linspace(-1, 1, 7)
+    upstream = torch.linspace(-1, 1, 7, dtype=torch.float64)
     got = torch.autograd.grad((logps * upstream).sum(), (hidden, lm_head))
     wanted = torch.autograd.grad((expected * upstream).sum(), (hidden, lm_head))
-    assert torch.allclose(logps.double(), expected, atol=1e-5)  # float32 rounding of logits of size 10
-    assert torch.allclose(entropy.double(), -(law.exp() * law).sum(dim=1), atol=1e-5)
+    assert torch.allclose(logps, expected, atol=1e-12)
+    assert torch.allclose(entropy, -(law.exp() * law).sum(dim=1), atol=1e-12)
     for a, b in zip(got, wanted):
-        assert torch.allclose(a, b, atol=1e-5)
+        assert torch.allclose(a, b, atol=1e-12)
     assert got[1][suppressed].abs().sum() == 0
 
 
@@ -125,7 +125,7 @@ def test_the_chunk_changes_no_value_and_no_gradient(chunk):
         (logps * torch.linspace(-1, 1, 7)).sum().backward()
         results.append((logps, entropy, hidden.grad, lm_head.grad))
     for a, b in zip(*results):
-        assert torch.allclose(a, b, atol=1e-6)  # sums of float32 in another order
+        assert torch.allclose(a, b, atol=1e-12)  # sums of float64 in another order
 
 
 def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
@@ -135,14 +135,32 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
             logps, _ = token_logps(hidden, lm_head, targets, temperature=1.0, suppressed=NONE, chunk=3)
         logps.sum().backward()
-    softmaxes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_log_softmax"]
-    assert softmaxes == [[3, 11], [3, 11], [1, 11]] + [[1, 11], [3, 11], [3, 11]]  # forward; recomputed on the way back
-    assert not [shape for shape in kept if shape[-1:] == (11,)]  # none waits for the backward pass
+    products = [event.input_shapes[0] for event in profile.events() if event.name == "aten::linear"]
+    assert products == [[3, 5], [3, 5], [1, 5]] * 2  # logits of the forward pass; once more on the way back
+    assert all([7, 11] not in event.input_shapes for event in profile.events())
+    assert kept == [(7, 5), (11, 5), (7,), (0,), (7,)]  # hidden, head, targets, suppressed, norms: none has N·V numbers
+
+
+@pytest.mark.parametrize("chunk", [2, 7])
+def test_the_gradients_are_those_of_finite_differences(chunk):
+    hidden, lm_head, targets = random_case()
+    def logps(hidden, lm_head):
+        return token_logps(hidden, lm_head, targets, temperature=0.7, suppressed=torch.tensor([2, 9]), chunk=chunk)[0]
+    assert torch.autograd.gradcheck(logps, (hidden, lm_head))  # float64
+
+
+def test_a_head_that_is_also_the_embedding_gets_both_gradients():
+    _, head, targets = random_case()
+    results = []
+    for law in (lambda h: token_logps(h, head, targets, temperature=1.0, suppressed=NONE, chunk=2)[0],
+                lambda h: torch.log_softmax(h @ head.T, dim=1).gather(1, targets[:, None])[:, 0]):
+        results.append(torch.autograd.grad(law(head[targets.roll(1)].sin()).sum(), head)[0])
+    assert torch.allclose(*results, atol=1e-12)  # float64
 
 
 def test_no_tokens_give_empty_results_that_can_be_differentiated():
     hidden, lm_head, targets = random_case(num_tokens=0)
-    logps, entropy = token_logps(hidden, lm_head, targets, temperature=1.0, suppressed=NONE)
+    logps, entropy = token_logps(hidden.float(), lm_head.float(), targets, temperature=1.0, suppressed=NONE)
     assert (logps.shape, entropy.shape, logps.dtype, entropy.dtype) == ((0,), (0,), torch.float32, torch.float32)
     logps.sum().backward()
     assert hidden.grad.shape == (0, 5)

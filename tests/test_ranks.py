@@ -176,3 +176,10 @@ def test_weights_after_a_step_of_adamw_do_not_depend_on_ranks(ranks):
     # The first step of AdamW moves a weight by 1e-4, however little its gradient: a wrong sign would be 2e-4.
     assert_same(two["weights"], one["weights"], atol=1e-5, rtol=0)
     assert max(moved.abs().max().item() for moved in one["moved"].values()) > 0.9e-4
+
+
+@pytest.mark.parametrize("size, rank", [(1, 0), (2, 0), (2, 1)])
+def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, size, rank):
+    seen = ranks("not_finite", size, rank)
+    assert (seen["metrics"]["skipped"], seen["state"]) == (1, 0) and ranks("adamw", size, rank)["metrics"]["skipped"] == 0
+    assert not any(moved.any() for moved in seen["moved"].values())

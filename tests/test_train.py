@@ -77,26 +77,6 @@ def test_readme_defines_every_metric(whole_run):
     assert logged - defined == set() and defined - logged - {"reward_search", "reward_tools", "reward_problem"} == set()
 
 
-def test_resume_is_replay(whole_run, tmp_path):
-    """Stopped after two steps with a torn line in the metrics, then resumed: the same rows and weights, bit for bit."""
-    out = tmp_path / "resumed"
-    killed = subprocess.Popen([sys.executable, "train.py", "--steps", "4", "--save_every", "2", "--rollouts_every", "2",
-                               "--output_dir", str(out), *[str(x) for k, v in QUICK.items() for x in (f"--{k}", v)]],
-                              cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 200
-    while not (out / "checkpoint-2").is_dir():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    killed.kill()
-    killed.wait()
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "rew')
-    train(out, "--resume", steps=4, save_every=2, rollouts_every=2)
-    assert rows(out / "metrics.jsonl") == rows(whole_run / "metrics.jsonl")
-    assert rows(out / "evaluations.jsonl") == rows(whole_run / "evaluations.jsonl")
-    assert (out / "model" / "model.safetensors").read_bytes() == (whole_run / "model" / "model.safetensors").read_bytes()
-
-
 def test_step_mode_trains_on_single_actions(tmp_path):
     train(tmp_path / "run", mode="step", tasks="data/offline/steps.json", steps=1, eval_tasks="")
     [row] = rows(tmp_path / "run" / "metrics.jsonl")

@@ -1,0 +1,457 @@
+"""What a whole GRPO step costs beside the plain way, in one run: python tests/bench.py
+
+    python tests/bench.py --quick                    # the laptop model only; a few minutes on 2 cores
+    python tests/bench.py --only steps slice         # some of: steps, mat, scoring, slice, linear
+
+The plain way: one `generate` of Hugging Face for the same rows and as many new tokens, every row with its own prompt and image,
+left-padded; one forward and backward pass of the same sequences in micro-batches of 16 rows, right-padded, with the logits of
+all tokens; a step of AdamW. No reference, no tools. Ours and the plain way alternate; seconds are medians, a ratio is the
+median of the ratios of neighbours.
+
+Random models do not end their turns as trained ones do, so lengths are forced: the end token comes with a constant hazard, or
+never, or at the last token, and the plain way replays the lengths that ours had. What a turn says is scripted likewise; the
+stub of a tool takes no time.
+"""
+import argparse
+import contextlib
+import logging
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image
+from transformers import (AutoTokenizer, GenerationConfig, LogitsProcessor, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import rollout as rollout_module  # noqa: E402
+from cost import Shape, forward_operations, step_operations, text_weights  # noqa: E402
+from grpo import group_advantages, token_logps  # noqa: E402
+from model import gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
+from rollout import Limits, Rollout, Tools, roll_out  # noqa: E402
+from tools import Action, ToolResult  # noqa: E402
+from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
+
+VISION = dict(depth=4, hidden_size=256, intermediate_size=768, num_heads=4, window_size=112, fullatt_block_indexes=[3])
+MIDDLE = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
+              num_key_value_heads=2, mrope=[8, 12, 12])
+SLICE_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=2, num_attention_heads=16,
+                num_key_value_heads=2, mrope=[16, 24, 24])
+REWARDS = torch.tensor([[1.0, 0.0, 2.0, 0.5, 0.0, 1.5, 1.0, 0.0]])  # of the G = 8 samples of every prompt
+
+
+# ------------------------------------------------------------------------------------------------------ models and tasks
+def make_folder(folder, shape, vision):
+    """A Qwen2.5-VL with random weights in the hub's layout, with the tokenizer of data/model. Returns the folder's name."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/model")
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("image_pad", "video_pad", "vision_start", "vision_end")}
+    text = {name: value for name, value in shape.items() if name != "mrope"}
+    config = Qwen2_5_VLConfig(
+        **{f"{name.replace('_pad', '')}_token_id": i for name, i in ids.items()}, tie_word_embeddings=True,
+        text_config=dict(text, max_position_embeddings=8192, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]}),
+        vision_config=dict(vision, out_hidden_size=shape["hidden_size"]))
+    torch.manual_seed(0)
+    for part in (Qwen2_5_VLForConditionalGeneration(config), tokenizer, Qwen2VLImageProcessorPil()):
+        part.save_pretrained(folder)
+    return folder
+
+
+def load(folder):
+    """Sharded, as train.py loads it. The rows beyond the small tokenizer stand for a large vocabulary: they are sampled too."""
+    policy = load_policy(folder, shard=True)
+    policy.suppressed = policy.suppressed[policy.suppressed < len(policy.tokenizer)]
+    return policy
+
+
+def make_tasks(policy, num, image_size, words):
+    """num questions of so many words, each about an image of noise of its own."""
+    rng = random.Random(0)
+    pictures = [Image.frombytes("RGB", image_size, rng.randbytes(3 * image_size[0] * image_size[1])) for _ in range(num)]
+    known = ["What", "character", "is", "on", "the", "sign", "image", "of"]
+    return [{"id": i, "family": "coding", "question": " ".join(rng.choices(known, k=words)), "answers": ["7"],
+             "image": pictures[i], "type": []} for i in range(num)]
+
+
+# -------------------------------------------------------------------------------------------------------- forced lengths
+class Ends(LogitsProcessor):
+    """The end token by decree: due(step) -> (rows,) bool, True where it must come now; elsewhere it may not."""
+
+    def __init__(self, end_id, due):
+        self.end_id, self.due, self.step = end_id, due, 0
+
+    def __call__(self, input_ids, scores):
+        due = self.due(self.step, len(scores))  # (rows,)
+        self.step += 1
+        scores = scores.index_fill(1, torch.tensor([self.end_id]), float("-inf"))
+        only = torch.full_like(scores[0], float("-inf"))
+        only[self.end_id] = 0.0
+        return torch.where(due[:, None], only, scores)
+
+
+def hazard(chance, seed=0):
+    """Ends with a constant chance at each token: lengths are geometric."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda step, rows: torch.rand(rows, generator=generator) < chance
+
+
+def at(lengths):
+    """Row i ends at its token number lengths[i]; one number stands for all rows."""
+    return lambda step, rows: torch.as_tensor(lengths).expand(rows) == step + 1
+
+
+@contextlib.contextmanager
+def scripted(policy, make_due, kinds, num_rollouts):
+    """Inside, turns end as make_due() says, and turn n of every rollout is an action of kind kinds[n]."""
+    generate, parse = policy.model.generate, rollout_module.parse_action
+    script = iter([Action(kind, "7") for kind in kinds for _ in range(num_rollouts)])
+
+    def forced(*args, logits_processor=(), **options):
+        return generate(*args, logits_processor=[Ends(policy.end_id, make_due()), *logits_processor], **options)
+
+    policy.model.generate, rollout_module.parse_action = forced, lambda text: next(script)
+    try:
+        yield
+    finally:
+        policy.model.generate, rollout_module.parse_action = generate, parse
+
+
+class StubCode:
+    """Gives every call an image of 112 x 112 at once."""
+
+    def run_many(self, calls):
+        return [ToolResult(True, "", picture.resize((112, 112)), None, 0.0) for _, picture in calls]
+
+
+# ----------------------------------------------------------------------------------------------------- the two ways a step
+@dataclass
+class Scenario:
+    name: str
+    new_tokens: int  # of a turn, at most
+    target: float | None
+    kinds: tuple = ("answer",)  # of the actions of the turns
+    chance: float | None = None  # of the end at each token; None: all turns are new_tokens long
+    beta: float = 0.0
+    lean: bool = False  # the plain way too takes logits of action tokens only
+
+    def due(self):
+        if self.chance:
+            return hazard(self.chance)
+        return at(self.new_tokens if len(self.kinds) > 1 else -1)
+
+
+@dataclass
+class Clock:
+    """Seconds by stage."""
+    stages: dict = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.stages[name] = self.stages.get(name, 0.0) + now - self.last
+        self.last = now
+
+    @property
+    def total(self):
+        return sum(self.stages.values())
+
+
+def our_step(policy, reference, optimizer, tasks, scenario):
+    """Stages 2 to 5 of train.py. Returns (rollouts, clock)."""
+    config = Config(group_size=REWARDS.shape[1], max_turns=len(scenario.kinds), max_new_tokens=scenario.new_tokens,
+                    max_tokens=8192, beta=scenario.beta, micro_batch_tokens=8192, batch_tokens=65_536)
+    num = len(tasks) * config.group_size
+    clock = Clock()
+    with scripted(policy, scenario.due, scenario.kinds, num), gathered(policy):
+        rollouts, _ = roll_out(policy, tasks, Tools(code=StubCode()), config.limits(), group_size=config.group_size)
+    clock.lap("generate")
+    advantages = group_advantages(REWARDS.expand(len(tasks), -1)).flatten().tolist()
+    batches, num_real = even_micro_batches(policy, rollouts, advantages, config.micro_batch_tokens)
+    ref_logps = reference_logps(reference if scenario.beta else None, batches, config.temperature)
+    clock.lap("score")
+    update(policy, optimizer, batches, num_real, ref_logps, config)
+    clock.lap("update")
+    assert len(rollouts) == num and all(len(r.turns) == len(scenario.kinds) for r in rollouts)
+    return rollouts, clock
+
+
+def plain_step(policy, optimizer, tasks, scenario, rollouts):
+    """The plain way with the lengths of these rollouts. policy: an unsharded one of its own. Returns its clock."""
+    clock, model = Clock(), policy.model
+    limits = Limits(max_tokens=8192, max_new_tokens=1)
+    prompts = [r for task in tasks for r in rollout_module._open(policy, task, limits, REWARDS.shape[1], "short")]
+    lengths = [sum(r.action_mask) for r in rollouts]
+    law = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths), eos_token_id=policy.end_id,
+                           pad_token_id=policy.tokenizer.pad_token_id)
+    with torch.no_grad():
+        output = model.generate(**model_inputs(policy, prompts, "left"), generation_config=law,
+                                logits_processor=[Ends(policy.end_id, at(lengths))])
+    clock.lap("generate")
+    assert output.shape[0] == len(rollouts)
+    model.train()
+    advantages = group_advantages(REWARDS.expand(len(tasks), -1)).flatten()
+    for rows in torch.arange(len(rollouts)).split(16):
+        part = [rollouts[i] for i in rows]
+        inputs = model_inputs(policy, part, "right")
+        length = inputs["input_ids"].shape[1]
+        mask = torch.tensor([r.action_mask + [0] * (length - len(r.ids)) for r in part]).float()[:, 1:]  # (B, T - 1)
+        targets = inputs["input_ids"][:, 1:]
+        weights = advantages[rows, None] * mask / mask.sum(dim=1, keepdim=True) / len(rollouts)
+        if scenario.lean:
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1][mask.bool()]
+            logps, _ = token_logps(hidden, model.lm_head.weight, targets[mask.bool()], temperature=1.0,
+                                   suppressed=policy.suppressed)
+            weights = weights[mask.bool()]
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            logps = torch.log_softmax(logits, dim=2).gather(2, targets[:, :, None]).squeeze(2)
+        (-(weights * logps).sum()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    clock.lap("update")
+    return clock
+
+
+def adamw(policy):
+    return torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0)
+
+
+def shape_of(policy, rollouts, num_prompts):
+    """The mean shape of these rollouts, for the arithmetic."""
+    prompt = sum(r.action_mask.index(1) for r in rollouts) / len(rollouts)
+    patches = sum(r.images[0].pixels.shape[0] for r in rollouts) / len(rollouts)
+    made = sum(sum(i.pixels.shape[0] for i in r.images[1:]) for r in rollouts) / len(rollouts)
+    return Shape(num_prompts, len(rollouts) // num_prompts, prompt, sum(len(r.ids) for r in rollouts) / len(rollouts) - prompt,
+                 sum(sum(r.action_mask) for r in rollouts) / len(rollouts), patches, made)
+
+
+def compare(name, folder, scenarios, repeats, *, num_prompts=8, image_size=(112, 112), words=20):
+    """Yields a row of the table for each scenario."""
+    policy, plain = load(folder), load_policy(folder)
+    plain.suppressed = policy.suppressed
+    ours_optimizer, plain_optimizer = adamw(policy), adamw(plain)
+    reference = load(folder) if any(s.beta for s in scenarios) else None
+    tasks = make_tasks(policy, num_prompts, image_size, words)
+    for scenario in scenarios:
+        ours, plains = [], []
+        for repeat in range(repeats + 1):  # the first is a warm-up where there are several
+            torch.manual_seed(repeat)
+            rollouts, clock = our_step(policy, reference, ours_optimizer, tasks, scenario)
+            ours.append(clock)
+            other = replace(scenario, beta=0.0)
+            if scenario.beta:  # beside the same step without a reference
+                plains.append(our_step(policy, None, ours_optimizer, tasks, other)[1])
+            else:
+                plains.append(plain_step(plain, plain_optimizer, tasks, other, rollouts))
+            print(f"  {name}, {scenario.name}: {plains[-1].total:.2f} s, ours {clock.total:.2f} s", file=sys.stderr, flush=True)
+        kept = slice(1, None) if repeats > 1 else slice(-1, None)
+        row = table_row(name, scenario, ours[kept], plains[kept])
+        operations = step_operations(policy.model.config, shape_of(policy, rollouts, num_prompts), beta=scenario.beta)
+        yield row + f" {sum(operations.values()) / 1e9:,.0f} | {sum(operations.values()) / 1e9 / median_total(ours[kept]):.0f} |"
+
+
+def median_total(clocks):
+    return median(clock.total for clock in clocks)
+
+
+def table_row(name, scenario, ours, plains):
+    ratio = median(a.total / b.total for a, b in zip(ours, plains))
+    goal = "" if scenario.target is None else f"{'met' if ratio <= scenario.target else 'missed'}: {scenario.target}"
+    stages = " + ".join(f"{median(c.stages[s] for c in ours):.2f}" for s in ("generate", "score", "update"))
+    others = " + ".join(f"{median(c.stages[s] for c in plains):.2f}" for s in ours[0].stages if s in plains[0].stages)
+    return (f"| {name} | {scenario.name} | {median_total(plains):.2f} = {others} | {median_total(ours):.2f} = {stages} "
+            f"| {ratio:.2f} | {goal} |")
+
+
+HEADER = ("| model | scenario | the plain way, s = generate + update | ours, s = generate + score + update | ratio | target "
+          "| 10⁹ operations due | 10⁹ a second |\n|---|---|---|---|---|---|---|---|")
+
+
+def bench_steps(args):
+    """8 prompts x 8 samples: ours over the plain way."""
+    print(HEADER, flush=True)
+    scenarios = [Scenario("one turn, 48 tokens", 48, 0.85),
+                 Scenario("ragged, 1 to 256 tokens", 256, 0.75, chance=1 / 60),
+                 Scenario("two turns of 32, a tool between", 32, 1.0, kinds=("code", "answer")),
+                 Scenario("one turn, beta 0.04 over beta 0", 48, 1.25, beta=0.04)]
+    for row in compare("laptop", str(ROOT / "data/model"), scenarios, 2 if args.quick else 5, image_size=(56, 56)):
+        print(row, flush=True)
+    if not args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            middle = [replace(s, new_tokens=min(s.new_tokens, 256)) for s in scenarios]
+            for row in compare("middle", make_folder(folder, MIDDLE, VISION), middle, args.repeats):
+                print(row, flush=True)
+
+
+def bench_mat(args):
+    """The shape of the paper's tasks: what sharing prompts gives. The other side is the plain way with logits of actions only."""
+    print("\n" + HEADER, flush=True)
+    scenario = Scenario("prompt of 880, samples of 160, G = 8; without sharing on the left", 32 if args.quick else 160, 0.4,
+                        lean=True)
+    with tempfile.TemporaryDirectory() as folder:
+        name = str(ROOT / "data/model") if args.quick else make_folder(folder, MIDDLE, VISION)
+        for row in compare("laptop" if args.quick else "middle", name, [scenario], 1, num_prompts=2, image_size=(616, 616),
+                           words=340):
+            print(row, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- scoring
+def straight_logps(hidden, lm_head, targets, *, temperature, suppressed):
+    """All logits at once."""
+    logits = torch.nn.functional.linear(hidden, lm_head).float() / temperature
+    return torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1).gather(1, targets[:, None]).squeeze(1), None
+
+
+def score_once(way, dtype, tokens, width, vocabulary):
+    """In a process of its own. Prints peak bytes beyond inputs and gradients, seconds, and leaves values to compare."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+    lm_head = (torch.randn(vocabulary, width) / width ** 0.5).to(dtype).requires_grad_()
+    targets, suppressed = torch.randint(vocabulary - 300, (tokens,)), torch.arange(vocabulary - 293, vocabulary)
+    upstream = torch.randn(tokens)
+    before = resident_peak()
+    start = time.perf_counter()
+    logps, _ = {"ours": token_logps, "straight": straight_logps}[way](hidden, lm_head, targets, temperature=0.9,
+                                                                      suppressed=suppressed)
+    (logps * upstream).sum().backward()
+    seconds = time.perf_counter() - start
+    gradients = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, lm_head))
+    sums = [x.double().norm().item() for x in (logps.detach(), hidden.grad, lm_head.grad)]
+    print("RESULT", resident_peak() - before - gradients, seconds, *sums)
+
+
+def resident_peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bench_scoring(args):
+    """Forward and backward of token_logps and of all logits at once, each in a fresh process."""
+    print("\n| log-probs of 4,096 tokens, V = 151,936 | all at once, GB | ours, GB | ratio of memory (at most 0.125) | all at once, s "
+          "| ours, s | ratio of time (at most 1.15) | norms of values and gradients differ by |\n|---|---|---|---|---|---|---|---|",
+          flush=True)
+    for dtype, width in {"float32": 64 if args.quick else args.width, "bfloat16": 8}.items():
+        runs = {}
+        for way in ("straight", "ours"):
+            child = [sys.executable, __file__, "--score_once", way, dtype, "4096", str(width), "151936"]
+            done = subprocess.run(child, capture_output=True, text=True, check=True)
+            runs[way] = [float(x) for x in done.stdout.split("RESULT")[1].split()]
+        (a_bytes, a_seconds, *a_sums), (b_bytes, b_seconds, *b_sums) = runs["straight"], runs["ours"]
+        worst = max(abs(a - b) / a for a, b in zip(a_sums, b_sums))
+        print(f"| {dtype}, H = {width} | {a_bytes / 1e9:.2f} | {b_bytes / 1e9:.2f} | {b_bytes / a_bytes:.3f} | {a_seconds:.1f} "
+              f"| {b_seconds:.1f} | {b_seconds / a_seconds:.2f} | {worst:.0e} |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- a slice of 3B, and growth
+def product_rate(shapes):
+    """Operations a second of plain products (m, k) x (k, n) in fp32, the best of three each, all together."""
+    operations = seconds = 0.0
+    for m, k, n in shapes:
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        operations, seconds = operations + 2 * m * k * n, seconds + min(times)
+    return operations / seconds
+
+
+def bench_slice(args):
+    """Two layers at the width of 3B: operations a second over those of plain products of its own shapes."""
+    tokens, actions = (256, 64) if args.quick else (1024, 160)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = SLICE_3B | ({"vocab_size": 8192} if args.quick else {})
+        policy = load_policy(make_folder(folder, shape, VISION | {"depth": 1, "fullatt_block_indexes": [0]}))
+    policy.suppressed = policy.suppressed[policy.suppressed < len(policy.tokenizer)]
+    ids = torch.randint(0, 700, (tokens,)).tolist()
+    row = Rollout({}, ids, [0] * (tokens - actions) + [1] * actions, [0.0] * tokens)
+    inputs, mask = model_inputs(policy, [row], "right"), torch.tensor([row.action_mask]).bool()
+    operations = 3 * sum(forward_operations(policy.model.config, tokens=tokens, pairs=tokens * (tokens + 1) / 2,
+                                            head_tokens=actions).values())
+    rates, products = [], []
+    for _ in range(2 if args.quick else 3):
+        products.append(product_rate([(tokens, 2048, 11_008), (tokens, 11_008, 2048), (2048, tokens, 11_008)]))
+        start = time.perf_counter()
+        score(policy, inputs, mask, 1.0)[0].sum().backward()
+        rates.append(operations / (time.perf_counter() - start))
+    share = median(a / b for a, b in zip(rates, products))
+    print(f"\nTwo layers of 3B, {tokens} tokens, forward and backward: {operations / 1e9:,.0f} · 10⁹ operations, "
+          f"{median(rates) / 1e9:.0f} · 10⁹ a second, {share:.0%} of plain products (at least 70 %: "
+          f"{'met' if share >= 0.7 else 'missed'})", flush=True)
+
+
+def bench_linear(args):
+    """Seconds of a step at 1, 2 and 4 times the prompts, samples, tokens; memory of roll_out by the number of rollouts."""
+    global REWARDS
+    print("\n| laptop model, seconds of a step | 1 x | 2 x | 4 x |\n|---|---|---|---|", flush=True)
+    policy, kept = load(str(ROOT / "data/model")), REWARDS
+    optimizer = adamw(policy)
+    for what, sizes in {"prompts": [(p, 4, 32) for p in (4, 8, 16)], "samples": [(4, g, 32) for g in (4, 8, 16)],
+                        "tokens": [(4, 4, t) for t in (32, 64, 128)]}.items():
+        cells = []
+        for prompts, samples, tokens in sizes:
+            REWARDS = kept[:, :4].repeat(1, samples // 4)
+            tasks = make_tasks(policy, prompts, (56, 56), 20)
+            scenario = Scenario("", tokens, None)
+            times = [our_step(policy, None, optimizer, tasks, scenario)[1].total for _ in range(2 if args.quick else 4)]
+            cells.append(median(times[1:]))
+        print(f"| {what}, from {sizes[0]} | " + " | ".join(f"{c:.2f}" for c in cells) + " |", flush=True)
+    REWARDS = kept
+    peaks = [subprocess.run([sys.executable, __file__, "--rollout_once", str(n)], capture_output=True, text=True, check=True)
+             .stdout.split("RESULT")[1] for n in (8, 16, 32)]
+    print("\nPeak memory of roll_out in calls of 64 rows, for 64, 128 and 256 rollouts: "
+          + ", ".join(f"{float(p) / 1e6:.0f} MB" for p in peaks), flush=True)
+
+
+def rollout_once(prompts):
+    """In a process of its own: peak bytes beyond the model after roll_out of 8 rollouts a prompt, 64 rows at a time."""
+    policy = load_policy(str(ROOT / "data/model"))
+    tasks = make_tasks(policy, prompts, (112, 112), 20)
+    scenario = Scenario("", 64, None)
+    limits = Limits(1, 64, 2048, batch_tokens=64 * 200)
+    before = resident_peak()
+    with scripted(policy, scenario.due, scenario.kinds, 8 * prompts):
+        roll_out(policy, tasks, Tools(), limits, group_size=8)
+    print("RESULT", resident_peak() - before)
+
+
+PARTS = {"steps": bench_steps, "mat": bench_mat, "scoring": bench_scoring, "slice": bench_slice, "linear": bench_linear}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="small models and few repetitions")
+    parser.add_argument("--repeats", type=int, default=1, help="of the middle model's steps")
+    parser.add_argument("--width", type=int, default=256, help="H of the scoring; 3B has 2048")
+    parser.add_argument("--score_once", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--rollout_once", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if args.score_once:
+        return score_once(*args.score_once[:2], *map(int, args.score_once[2:]))
+    if args.rollout_once:
+        return rollout_once(args.rollout_once)
+    start_ranks()
+    start = time.perf_counter()
+    for name in args.only:
+        PARTS[name](args)
+    print(f"\n{time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""What stops a run, and how it goes on: real processes that are killed, real signals, real full disks."""
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from evaluate import append_json_line, read_json_lines, take_folder, write_whole
+from model import start_ranks
+from rollout import rollout_metrics, step_line
+from train import Config, checkpoints, damaged_files, find_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2, "group_size": 2, "max_turns": 2,
+        "beta": 0, "code_timeout": 60}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # several on a busy machine wait for one another
+TIMINGS = re.compile(r"seconds|tokens_per_s")
+
+
+def start(out: Path, *flags: str, launcher: tuple[str, ...] = (), **settings) -> subprocess.Popen:
+    """train.py with small settings, its outputs joined; launcher: arguments of torchrun."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", *launcher) if launcher else ()
+    arguments = [str(x) for name, value in {**TINY, "output_dir": out, **settings}.items() for x in (f"--{name}", value)]
+    return subprocess.Popen([sys.executable, *torchrun, "train.py", *arguments, *flags], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD)
+
+
+def wait_for(process: subprocess.Popen, happened) -> None:
+    deadline = time.monotonic() + 200
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    """(exit status, output)"""
+    output = process.communicate(timeout=240)[0]
+    return process.returncode, output
+
+
+def left_by(out: Path) -> dict:
+    """Every file of a run but what the clock decides, and what holds its folder or its flags."""
+    files = {}
+    for path in out.rglob("*"):
+        if path.suffix == ".jsonl":
+            files[str(path.relative_to(out))] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.is_file() and path.name not in ("config.json", "summary.json", "manifest.json", ".metadata"):
+            files[str(path.relative_to(out))] = path.read_bytes()
+    return files
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(v) for key, v in value.items() if not TIMINGS.search(key)}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Four steps in one go, with checkpoints after the second and the fourth."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    status, output = end(start(out))
+    assert status == 0, output
+    return out
+
+
+# ---- resume is replay ----------------------------------------------------------------------------------------------
+
+def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, tmp_path):
+    """SIGTERM in the first step; SIGKILL in mid-checkpoint, then in mid-export; a flipped byte in the last checkpoint."""
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for(process, lambda: read_json_lines(out / "metrics.jsonl"))
+    process.send_signal(signal.SIGTERM)
+    status, output = end(process)
+    assert status == 0 and re.search(r"stopped before step \d: SIGTERM; --resume goes on", output), output
+    saved = checkpoints(out)[-1][0]
+    assert saved == len(read_json_lines(out / "metrics.jsonl")) < 4  # nothing that was learnt is lost
+
+    process = start(out, "--resume")
+    wait_for(process, lambda: list(out.glob("checkpoint-*.tmp")))
+    process.kill()
+    end(process)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+
+    process = start(out, "--resume")
+    wait_for(process, lambda: (out / "model.tmp").exists())
+    process.kill()
+    end(process)
+    assert not (out / "model").exists()
+    [weights] = (out / "checkpoint-4").glob("*.distcp")
+    flip_a_byte(weights)
+
+    status, output = end(start(out, "--resume"))
+    assert status == 0 and "checkpoint-4 is damaged: __0_0.distcp\nresumes from" in output, output
+    assert (out / "checkpoint-4.damaged").is_dir()  # set aside, not deleted
+    shutil.rmtree(out / "checkpoint-4.damaged")
+    assert [step for step, _ in checkpoints(alone)] == [2, 4]
+    left, expected = left_by(out), left_by(alone)
+    assert left.keys() - {"checkpoint-1", "checkpoint-3"} == expected.keys() and "model/model.safetensors" in expected
+    assert [name for name in expected if left[name] != expected[name]] == []
+
+
+@pytest.fixture
+def one_rank():
+    start_ranks()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def run_folder(alone, tmp_path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return shutil.copytree(alone, tmp_path / "run")
+
+
+DAMAGES = {
+    "flipped byte": (lambda folder: flip_a_byte(folder / ".metadata"), [".metadata"]),
+    "missing file": (lambda folder: (folder / "__0_0.distcp").unlink(), ["__0_0.distcp"]),
+    "cut file": (lambda folder: os.truncate(folder / "__0_0.distcp", 1000), ["__0_0.distcp"]),
+    "other flags": (lambda folder: flip_a_byte(folder / "config.json"), ["config.json"]),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), ["manifest.json"]),
+    "manifest that is no JSON": (lambda folder: (folder / "manifest.json").write_text('{"'), ["manifest.json"]),
+    "manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[1]"), ["manifest.json"]),
+    "nothing": (lambda folder: None, [])}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_seen(damage, run_folder, one_rank):
+    do, files = DAMAGES[damage]
+    do(run_folder / "checkpoint-4")
+    assert damaged_files(run_folder / "checkpoint-4") == files
+
+
+def config(out: Path, **changes) -> Config:
+    return Config(**{**TINY, "eval_limit": 2, "output_dir": str(out), "resume": True, **changes})
+
+
+def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(run_folder, one_rank):
+    for _, folder in checkpoints(run_folder):
+        flip_a_byte(folder / "config.json")
+    before = left_by(run_folder)
+    with pytest.raises(SystemExit, match=r"no checkpoint in .*run is whole; bring one back"):
+        find_checkpoint(config(run_folder))
+    assert left_by(run_folder) == before
+
+
+def test_other_flags_are_said_aloud_and_another_model_is_refused(run_folder, one_rank, capsys):
+    assert find_checkpoint(config(run_folder)) == (4, run_folder / "checkpoint-4")
+    assert capsys.readouterr().out == f"resumes from {run_folder / 'checkpoint-4'}\n"
+    find_checkpoint(config(run_folder, lr=0.5, steps=9))
+    assert "; changed, so it may be no replay: lr 0.00015 -> 0.5, steps 4 -> 9\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is a run of --model data/model, where its KL starts"):
+        find_checkpoint(config(run_folder, model="other/model"))
+
+
+def test_what_is_later_than_the_checkpoint_is_cut(run_folder, one_rank):
+    shutil.rmtree(run_folder / "checkpoint-4")
+    (run_folder / "checkpoint-3.tmp").mkdir()
+    assert find_checkpoint(config(run_folder)) == (2, run_folder / "checkpoint-2")
+    assert [row["step"] for row in read_json_lines(run_folder / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_json_lines(run_folder / "evaluations.jsonl")] == [0]
+    assert {path.stem for path in (run_folder / "rollouts").iterdir()} == {"step_1", "step_2"}
+    assert not (run_folder / "checkpoint-3.tmp").exists()
+
+
+# ---- a disk that is full, a folder that cannot be used -------------------------------------------------------------
+
+def test_no_room_in_mid_checkpoint_ends_the_run_and_leaves_the_older_ones(run_folder):
+    """A limit on the size of files stands for the full disk: the write fails just so, in the middle of a file."""
+    limited = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20)); " \
+              f"os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    flags = {**TINY, "steps": 5, "output_dir": run_folder, "eval_tasks": ""}
+    done = subprocess.run([sys.executable, "-c", limited, "train.py", "--resume", *[str(x) for k, v in flags.items()
+                           for x in (f"--{k}", v)]], cwd=ROOT, capture_output=True, text=True, timeout=240,
+                          env=os.environ | ONE_THREAD)
+    assert done.returncode == 1 and [step for step, _ in checkpoints(run_folder)] == [2, 4]
+    line = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"error: .*; {run_folder} has .* GB free and keeps what was written before: make room .*", line), line
+    assert not {path.name for path in run_folder.iterdir()} & {"checkpoint-5"}
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--output_dir .*file/run: it cannot be written .*; choose another folder"):
+        take_folder(tmp_path / "file" / "run")
+    number = os.open(tmp_path, os.O_RDONLY)  # as another process would
+    fcntl.flock(number, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process trains there"):
+        take_folder(tmp_path)
+    os.close(number)
+    take_folder(tmp_path)
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks that a torchrun has started, in their order."""
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    return sorted(int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == process.pid)
+
+
+def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
+    """Two ranks; one is killed: torchrun starts both again, which resume. A SIGTERM ends them; one rank goes on."""
+    out = tmp_path / "run"
+    process = start(out, launcher=("--nproc_per_node=2", "--max-restarts=1"), steps=400, save_every=1, eval_tasks="")
+    wait_for(process, lambda: checkpoints(out))
+    first = ranks_of(process)
+    os.kill(first[1], signal.SIGKILL)
+    killed, steps = time.monotonic(), lambda: len(read_json_lines(out / "metrics.jsonl"))
+    wait_for(process, lambda: not set(first) & set(ranks_of(process)))
+    assert time.monotonic() - killed < 15
+    wait_for(process, lambda: len(ranks_of(process)) == 2)
+    reached = steps()
+    wait_for(process, lambda: steps() > reached + 1)
+    process.send_signal(signal.SIGTERM)
+    _, output = end(process)
+    assert re.search(r"exitcode: -9 .*pid: \d+", output) or "Signal 9 (SIGKILL)" in output, output
+    assert output.count("resumes from") == 1 and "stopped before step" in output, output
+    step = checkpoints(out)[-1][0]
+    assert step == steps()
+    status, output = end(start(out, "--resume", steps=step + 1, eval_tasks=""))
+    assert status == 0 and re.search("resumes from .*ranks 2 -> 1", output) and steps() == step + 1, output
+
+
+# ---- updates that are no good --------------------------------------------------------------------------------------
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path):
+    """beta times a KL of 0 is not a number here, as 1e39 is infinite in float32."""
+    out = tmp_path / "run"
+    status, output = end(start(out, beta="1e39", max_skipped=2, save_every=1, eval_tasks=""))
+    assert status == 1 and "stopped before step 3: 2 steps in a row had a loss or gradient that is not finite" in output, output
+    assert output.count("SKIPPED") == 2
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["skipped"], row["loss"]) for row in rows] == [(1, 1, None), (2, 1, None)]
+    assert [step for step, _ in checkpoints(out)] == [1, 2]
+
+
+def row(action="answer", advantage=0.0):
+    return {"turns": [{"action": action}], "stop": action, "advantage": advantage, "reward": 1.0, "success": False,
+            "reward_parts": {"format": 1.0}}
+
+
+@pytest.mark.parametrize("rows, note", [([row("invalid", 1.0)] * 2, "COLLAPSED"), ([row()] * 2, "NOTHING TO LEARN FROM"),
+                                        ([row(), row("invalid", 1.0)], "")])
+def test_a_collapsed_run_says_so_in_its_line(rows, note):
+    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "skipped", "seconds", "seconds_generate", "seconds_tools",
+                          "seconds_score", "seconds_update"], 0)
+    line = step_line(rollout_metrics(rows) | rest, 4, 0.0)
+    assert re.findall("COLLAPSED|NOTHING TO LEARN FROM", line) == [note] * bool(note)
+
+
+def test_rows_are_json_and_files_are_whole(tmp_path):
+    append_json_line(tmp_path / "rows.jsonl", {"loss": float("nan"), "norm": float("inf"), "step": 1})
+    assert (tmp_path / "rows.jsonl").read_text() == '{"loss": null, "norm": null, "step": 1}\n'
+    write_whole(tmp_path / "rows.jsonl", "new\n")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new\n"]
