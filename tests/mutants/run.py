@@ -25,12 +25,24 @@ LIMIT = 150  # seconds; a mutant that does not come to an end is noticed too
 IGNORED = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
 
 
-def import_heavy_packages() -> None:
-    """What every test file needs and no mutant changes. Nothing of ours: that is imported from the copies."""
+def import_packages() -> None:
+    """Import what our code imports, and forget our own modules again: those are imported from the copies."""
     import torch
-    import torch.distributed.fsdp  # noqa: F401
-    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+    own = [str(ROOT), str(ROOT / "data")]
+    sys.path[:0] = own
+    import make_model  # noqa: F401
+    import train  # noqa: F401
+    for folder in own:
+        sys.path.remove(folder)
+    for name in [name for name, module in sys.modules.items() if Path(getattr(module, "__file__", None) or "/").parent in
+                 (ROOT, ROOT / "data")]:
+        del sys.modules[name]
     torch.set_num_threads(1)
+
+
+def copy_of(original: Path, name: str) -> Path:
+    """A copy beside the original, of hard links: a file is changed by putting another in its place."""
+    return shutil.copytree(original, original.parent / name, copy_function=os.link)
 
 
 def run_tests(copy: Path, tests: list[str]) -> int | None:
@@ -52,7 +64,8 @@ def _pytest(copy, tests):
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.dont_write_bytecode = True
-    status = pytest.main(["-q", "-x", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={copy / 'temporary'}", *tests])
+    status = pytest.main(["-q", "-x", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={copy / 'temporary'}",
+                          "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests])
     sys.stdout.flush()
     os._exit(status)  # without the clean-up of threads that a fork does not have
 
@@ -60,10 +73,11 @@ def _pytest(copy, tests):
 def try_mutant(mutant: Mutant, original: Path) -> tuple[str, float, str]:
     """(killed | survived | broken, seconds, what the tests said) of one mutant, in a copy of its own."""
     start = time.perf_counter()
-    copy = shutil.copytree(original, original.parent / mutant.name)
+    copy = copy_of(original, mutant.name)
     source = (copy / mutant.file).read_text(encoding="utf-8")
     if (count := source.count(mutant.old)) != 1:
         return "broken", 0.0, f"{mutant.file} holds its old text {count} times; it must stand there once:\n{mutant.old}"
+    (copy / mutant.file).unlink()
     (copy / mutant.file).write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     status = run_tests(copy, mutant.tests)
     # 1: a test failed. Anything else (no such test, a file that does not import, a crash) proves nothing.
@@ -78,7 +92,7 @@ def check_unmutated(chosen: list[Mutant], original: Path, pool: ThreadPoolExecut
     files = {}
     for test in sorted({test for mutant in chosen for test in mutant.tests}):
         files.setdefault(Path(test.partition("::")[0]).stem, []).append(test)
-    copies = [shutil.copytree(original, original.parent / f"unmutated-{name}") for name in files]
+    copies = [copy_of(original, f"unmutated-{name}") for name in files]
     for copy, status in zip(copies, pool.map(run_tests, copies, files.values())):
         if status != 0:
             log = (copy / "log").read_text(errors="replace")
@@ -91,14 +105,14 @@ def main(names: list[str]) -> int:
         sys.exit(f"no mutant {', '.join(sorted(unknown))}; there are {', '.join(mutant.name for mutant in MUTANTS)}")
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     start, verdicts = time.perf_counter(), []
-    import_heavy_packages()
+    import_packages()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         original = shutil.copytree(ROOT, Path(folder) / "original", ignore=IGNORED)  # the project may be edited meanwhile
         check_unmutated(chosen, original, pool)
         print(f"without a mutant the tests pass   {time.perf_counter() - start:.0f} s", flush=True)
         for mutant, (verdict, seconds, log) in zip(chosen, pool.map(lambda m: try_mutant(m, original), chosen)):
             verdicts.append(verdict)
-            print(f"{verdict:<9}{seconds:>5.1f} s   {mutant.name:<26}{mutant.file:<12}{mutant.bug}", flush=True)
+            print(f"{verdict:<9}{seconds:>5.1f} s   {mutant.name:<28}{mutant.file:<12}{mutant.bug}", flush=True)
             if verdict != "killed":
                 print("\n".join(log.splitlines()[-30:]), flush=True)
     counts = {verdict: verdicts.count(verdict) for verdict in ("killed", "survived", "broken")}
