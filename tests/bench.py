@@ -2,6 +2,7 @@
 
     python tests/bench.py --quick                    # the laptop model only; a few minutes on 2 cores
     python tests/bench.py --only steps slice         # some of: steps, mat, scoring, slice, linear
+    python tests/bench.py --cpu                      # one thread, CPU seconds: on a machine that others use
 
 The plain way: one `generate` of Hugging Face for the same rows and as many new tokens, every row with its own prompt and image,
 left-padded; one forward and backward pass of the same sequences in micro-batches of 16 rows, right-padded, with the logits of
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import rollout as rollout_module  # noqa: E402
-from cost import Shape, forward_operations, step_operations, text_weights  # noqa: E402
+from cost import Shape, forward_operations, step_operations  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
 from model import gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
 from rollout import Limits, Rollout, Tools, roll_out  # noqa: E402
@@ -48,6 +49,11 @@ MIDDLE = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1792, num_hi
 SLICE_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=2, num_attention_heads=16,
                 num_key_value_heads=2, mrope=[16, 24, 24])
 REWARDS = torch.tensor([[1.0, 0.0, 2.0, 0.5, 0.0, 1.5, 1.0, 0.0]])  # of the G = 8 samples of every prompt
+
+
+def seconds_now():
+    """Of the clock on the wall; with one thread those that this process was given, whatever else runs."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 # ------------------------------------------------------------------------------------------------------ models and tasks
@@ -155,10 +161,10 @@ class Scenario:
 class Clock:
     """Seconds by stage."""
     stages: dict = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
+    last: float = field(default_factory=lambda: seconds_now())
 
     def lap(self, name):
-        now = time.perf_counter()
+        now = seconds_now()
         self.stages[name] = self.stages.get(name, 0.0) + now - self.last
         self.last = now
 
@@ -314,9 +320,9 @@ def straight_logps(hidden, lm_head, targets, *, temperature, suppressed):
     return torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1).gather(1, targets[:, None]).squeeze(1), None
 
 
-def score_once(way, dtype, tokens, width, vocabulary):
+def score_once(way, dtype, tokens, width, vocabulary, threads):
     """In a process of its own. Prints peak bytes beyond inputs and gradients, seconds, and leaves values to compare."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
     hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
@@ -324,11 +330,11 @@ def score_once(way, dtype, tokens, width, vocabulary):
     targets, suppressed = torch.randint(vocabulary - 300, (tokens,)), torch.arange(vocabulary - 293, vocabulary)
     upstream = torch.randn(tokens)
     before = resident_peak()
-    start = time.perf_counter()
+    start = seconds_now()
     logps, _ = {"ours": token_logps, "straight": straight_logps}[way](hidden, lm_head, targets, temperature=0.9,
                                                                       suppressed=suppressed)
     (logps * upstream).sum().backward()
-    seconds = time.perf_counter() - start
+    seconds = seconds_now() - start
     gradients = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, lm_head))
     sums = [x.double().norm().item() for x in (logps.detach(), hidden.grad, lm_head.grad)]
     print("RESULT", resident_peak() - before - gradients, seconds, *sums)
@@ -346,7 +352,8 @@ def bench_scoring(args):
     for dtype, width in {"float32": 64 if args.quick else args.width, "bfloat16": 8}.items():
         runs = {}
         for way in ("straight", "ours"):
-            child = [sys.executable, __file__, "--score_once", way, dtype, "4096", str(width), "151936"]
+            child = [sys.executable, __file__, "--score_once", way, dtype, "4096", str(width), "151936",
+                     str(torch.get_num_threads())]
             done = subprocess.run(child, capture_output=True, text=True, check=True)
             runs[way] = [float(x) for x in done.stdout.split("RESULT")[1].split()]
         (a_bytes, a_seconds, *a_sums), (b_bytes, b_seconds, *b_sums) = runs["straight"], runs["ours"]
@@ -363,9 +370,9 @@ def product_rate(shapes):
         a, b = torch.randn(m, k), torch.randn(k, n)
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = seconds_now()
             torch.mm(a, b)
-            times.append(time.perf_counter() - start)
+            times.append(seconds_now() - start)
         operations, seconds = operations + 2 * m * k * n, seconds + min(times)
     return operations / seconds
 
@@ -385,9 +392,9 @@ def bench_slice(args):
     rates, products = [], []
     for _ in range(2 if args.quick else 3):
         products.append(product_rate([(tokens, 2048, 11_008), (tokens, 11_008, 2048), (2048, tokens, 11_008)]))
-        start = time.perf_counter()
+        start = seconds_now()
         score(policy, inputs, mask, 1.0)[0].sum().backward()
-        rates.append(operations / (time.perf_counter() - start))
+        rates.append(operations / (seconds_now() - start))
     share = median(a / b for a, b in zip(rates, products))
     print(f"\nTwo layers of 3B, {tokens} tokens, forward and backward: {operations / 1e9:,.0f} · 10⁹ operations, "
           f"{median(rates) / 1e9:.0f} · 10⁹ a second, {share:.0%} of plain products (at least 70 %: "
@@ -436,9 +443,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few repetitions")
+    parser.add_argument("--cpu", action="store_true", help="one thread, CPU seconds")
     parser.add_argument("--repeats", type=int, default=1, help="of the middle model's steps")
     parser.add_argument("--width", type=int, default=256, help="H of the scoring; 3B has 2048")
-    parser.add_argument("--score_once", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--score_once", nargs=6, help=argparse.SUPPRESS)
     parser.add_argument("--rollout_once", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -447,6 +455,8 @@ def main():
     if args.rollout_once:
         return rollout_once(args.rollout_once)
     start_ranks()
+    if args.cpu:
+        torch.set_num_threads(1)
     start = time.perf_counter()
     for name in args.only:
         PARTS[name](args)
