@@ -98,7 +98,7 @@ def test_a_step_costs_p_plus_g_c_tokens_instead_of_g_times_p_plus_c():
     config, shape = published("3B"), Shape(num_prompts=1, group_size=8, prompt_patches=0)
     head = 4 * 2 * 8 * 160 * 2048 * 151_936  # nothing to share there
     shared, apart = (step_operations(config, shape, shared=s)["update"] - head for s in (True, False))
-    assert apart / shared == pytest.approx(8320 / 2160, rel=0.02)  # 8 · (880 + 160) over 880 + 8 · 160; attention a little less
+    assert apart / shared == pytest.approx(8320 / 2160, rel=0.02)  # 8 · (880 + 160) over 880 + 8 · 160
 
 
 def test_the_update_is_three_passes_and_one_more_of_the_head_and_one_more_with_checkpointing():
