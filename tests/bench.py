@@ -66,6 +66,7 @@ def make_folder(folder, shape, vision):
     config = Qwen2_5_VLConfig(
         **{f"{name.replace('_pad', '')}_token_id": i for name, i in ids.items()}, tie_word_embeddings=True,
         text_config=dict(text, max_position_embeddings=8192, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]}),
         vision_config=dict(vision, out_hidden_size=shape["hidden_size"]))
     torch.manual_seed(0)
