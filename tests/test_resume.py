@@ -192,7 +192,7 @@ def test_no_room_in_mid_checkpoint_ends_the_run_and_leaves_the_older_ones(run_fo
                           env=os.environ | ONE_THREAD)
     assert done.returncode == 1 and [step for step, _ in checkpoints(run_folder)] == [2, 4]
     line = done.stderr.splitlines()[-1]
-    assert re.fullmatch(rf"error: .*; {run_folder} has .* GB free and keeps what was written before: make room .*", line), line
+    assert re.fullmatch(rf"error: .*; {run_folder} \(.* GB free\) keeps what is whole: make room .*", line), line
     assert not {path.name for path in run_folder.iterdir()} & {"checkpoint-5"}
 
 
