@@ -19,7 +19,8 @@ from rollout import rollout_metrics, step_line
 from train import Config, checkpoints, damaged_files, find_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2, "group_size": 2, "max_turns": 2,
+TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2,
+        "group_size": 2, "max_turns": 2,
         "beta": 0, "code_timeout": 60}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # several on a busy machine wait for one another
 TIMINGS = re.compile(r"seconds|tokens_per_s")
