@@ -73,7 +73,7 @@ class Config:
     max_observation_tokens: int = flag(256, "tokens of a tool's text; longer ones are cut, with a mark")
     max_images: int = flag(4, "images in the context of a rollout, the prompt's included")
     temperature: float = flag(1.0, "of sampling, and of the scored law")
-    batch_tokens: int = flag(16384, "rows x length of one generate call of a rank")
+    batch_tokens: int = flag(16384, "rows that a rank plays side by side x max_tokens: bounds their keys and values")
     micro_batch_tokens: int = flag(8192, "rows x length of one forward and backward pass of a rank; not part of the objective")
     lr: float = flag(1.5e-4, "learning rate of AdamW at the start; the released code for 3B and 7B: 1e-6")
     lr_decay: float = flag(0.8, "share of lr lost by the last update, on a line, 0 to 1; the released code: 1")

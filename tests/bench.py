@@ -177,7 +177,7 @@ class Clock:
 def our_step(policy, reference, optimizer, tasks, scenario):
     """Stages 2 to 5 of train.py. Returns (rollouts, clock)."""
     config = Config(group_size=REWARDS.shape[1], max_turns=len(scenario.kinds), max_new_tokens=scenario.new_tokens,
-                    max_tokens=8192, beta=scenario.beta, micro_batch_tokens=8192, batch_tokens=65_536)
+                    max_tokens=8192, beta=scenario.beta, micro_batch_tokens=8192, batch_tokens=64 * 8192)
     num = len(tasks) * config.group_size
     clock = Clock()
     with scripted(policy, scenario.due, scenario.kinds, num), gathered(policy):
