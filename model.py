@@ -92,7 +92,10 @@ def start_ranks() -> None:
     """Join torchrun's process group, or make one of this process alone. CPU ranks share the cores evenly."""
     device, backend = pick_device()
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, dead ranks' addresses too
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if device.type == "cpu":  # more threads than cores make both ranks crawl

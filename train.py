@@ -418,5 +418,5 @@ if __name__ == "__main__":
         record(main)(arguments, *prepared)  # torchrun's last words are the error of the rank that failed first
     except (OSError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        sys.exit(f"error: {cause}; {arguments.output_dir} has {shutil.disk_usage(arguments.output_dir).free / 1e9:.2f} GB free and "
-                 "keeps what was written before: make room or mend what is wrong, then --resume goes on")
+        free, out = shutil.disk_usage(arguments.output_dir).free / 1e9, arguments.output_dir
+        sys.exit(f"error: {cause}; {out} ({free:.2f} GB free) keeps what is whole: make room or mend it, --resume goes on")

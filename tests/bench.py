@@ -2,6 +2,7 @@
 
     python tests/bench.py --quick                    # the laptop model only; a few minutes on 2 cores
     python tests/bench.py --only steps slice         # some of: steps, mat, scoring, slice, linear
+    python tests/bench.py --cpu                      # one thread, CPU seconds: on a machine that others use
 
 The plain way: one `generate` of Hugging Face for the same rows and as many new tokens, every row with its own prompt and image,
 left-padded; one forward and backward pass of the same sequences in micro-batches of 16 rows, right-padded, with the logits of
@@ -14,7 +15,6 @@ stub of a tool takes no time.
 """
 import argparse
 import contextlib
-import logging
 import random
 import resource
 import subprocess
@@ -30,12 +30,13 @@ from PIL import Image
 from transformers import (AutoTokenizer, GenerationConfig, LogitsProcessor, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import rollout as rollout_module  # noqa: E402
-from cost import Shape, forward_operations, step_operations, text_weights  # noqa: E402
+from cost import Shape, forward_operations, step_operations  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
 from model import gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
 from rollout import Limits, Rollout, Tools, roll_out  # noqa: E402
@@ -50,6 +51,11 @@ SLICE_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, 
 REWARDS = torch.tensor([[1.0, 0.0, 2.0, 0.5, 0.0, 1.5, 1.0, 0.0]])  # of the G = 8 samples of every prompt
 
 
+def seconds_now():
+    """Of the clock on the wall; with one thread those that this process was given, whatever else runs."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 # ------------------------------------------------------------------------------------------------------ models and tasks
 def make_folder(folder, shape, vision):
     """A Qwen2.5-VL with random weights in the hub's layout, with the tokenizer of data/model. Returns the folder's name."""
@@ -60,6 +66,7 @@ def make_folder(folder, shape, vision):
     config = Qwen2_5_VLConfig(
         **{f"{name.replace('_pad', '')}_token_id": i for name, i in ids.items()}, tie_word_embeddings=True,
         text_config=dict(text, max_position_embeddings=8192, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]}),
         vision_config=dict(vision, out_hidden_size=shape["hidden_size"]))
     torch.manual_seed(0)
@@ -155,10 +162,10 @@ class Scenario:
 class Clock:
     """Seconds by stage."""
     stages: dict = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
+    last: float = field(default_factory=lambda: seconds_now())
 
     def lap(self, name):
-        now = time.perf_counter()
+        now = seconds_now()
         self.stages[name] = self.stages.get(name, 0.0) + now - self.last
         self.last = now
 
@@ -228,7 +235,7 @@ def adamw(policy):
     return torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0)
 
 
-def shape_of(policy, rollouts, num_prompts):
+def shape_of(rollouts, num_prompts):
     """The mean shape of these rollouts, for the arithmetic."""
     prompt = sum(r.action_mask.index(1) for r in rollouts) / len(rollouts)
     patches = sum(r.images[0].pixels.shape[0] for r in rollouts) / len(rollouts)
@@ -255,11 +262,12 @@ def compare(name, folder, scenarios, repeats, *, num_prompts=8, image_size=(112,
                 plains.append(our_step(policy, None, ours_optimizer, tasks, other)[1])
             else:
                 plains.append(plain_step(plain, plain_optimizer, tasks, other, rollouts))
-            print(f"  {name}, {scenario.name}: {plains[-1].total:.2f} s, ours {clock.total:.2f} s", file=sys.stderr, flush=True)
+            print(f"  {name}, {scenario.name}: {plains[-1].total:.2f} and {clock.total:.2f} s", file=sys.stderr, flush=True)
         kept = slice(1, None) if repeats > 1 else slice(-1, None)
         row = table_row(name, scenario, ours[kept], plains[kept])
-        operations = step_operations(policy.model.config, shape_of(policy, rollouts, num_prompts), beta=scenario.beta)
-        yield row + f" {sum(operations.values()) / 1e9:,.0f} | {sum(operations.values()) / 1e9 / median_total(ours[kept]):.0f} |"
+        spent = step_operations(policy.model.config, shape_of(rollouts, num_prompts), beta=scenario.beta)
+        due = sum(spent.values()) / 1e9
+        yield row + f" {due:,.0f} | {due / median_total(ours[kept]):.0f} |"
 
 
 def median_total(clocks):
@@ -296,7 +304,7 @@ def bench_steps(args):
 
 
 def bench_mat(args):
-    """The shape of the paper's tasks: what sharing prompts gives. The other side is the plain way with logits of actions only."""
+    """The shape of the paper's tasks: what sharing prompts gives, beside the plain way with logits of action tokens only."""
     print("\n" + HEADER, flush=True)
     scenario = Scenario("prompt of 880, samples of 160, G = 8; without sharing on the left", 32 if args.quick else 160, 0.4,
                         lean=True)
@@ -309,14 +317,15 @@ def bench_mat(args):
 
 # --------------------------------------------------------------------------------------------------------------- scoring
 def straight_logps(hidden, lm_head, targets, *, temperature, suppressed):
-    """All logits at once."""
+    """All logits at once; no entropy."""
     logits = torch.nn.functional.linear(hidden, lm_head).float() / temperature
-    return torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1).gather(1, targets[:, None]).squeeze(1), None
+    law = torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1)  # (N, V)
+    return law.gather(1, targets[:, None]).squeeze(1), None
 
 
-def score_once(way, dtype, tokens, width, vocabulary):
-    """In a process of its own. Prints peak bytes beyond inputs and gradients, seconds, and leaves values to compare."""
-    torch.set_num_threads(2)
+def score_once(way, dtype, file, tokens, width, vocabulary, threads):
+    """In a process of its own. Prints peak bytes beyond inputs and gradients, and seconds; leaves the values in a file."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
     hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
@@ -324,14 +333,14 @@ def score_once(way, dtype, tokens, width, vocabulary):
     targets, suppressed = torch.randint(vocabulary - 300, (tokens,)), torch.arange(vocabulary - 293, vocabulary)
     upstream = torch.randn(tokens)
     before = resident_peak()
-    start = time.perf_counter()
+    start = seconds_now()
     logps, _ = {"ours": token_logps, "straight": straight_logps}[way](hidden, lm_head, targets, temperature=0.9,
                                                                       suppressed=suppressed)
     (logps * upstream).sum().backward()
-    seconds = time.perf_counter() - start
+    seconds = seconds_now() - start
     gradients = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, lm_head))
-    sums = [x.double().norm().item() for x in (logps.detach(), hidden.grad, lm_head.grad)]
-    print("RESULT", resident_peak() - before - gradients, seconds, *sums)
+    print("RESULT", resident_peak() - before - gradients, seconds)
+    torch.save([logps.detach(), hidden.grad, lm_head.grad], file)
 
 
 def resident_peak():
@@ -340,19 +349,26 @@ def resident_peak():
 
 def bench_scoring(args):
     """Forward and backward of token_logps and of all logits at once, each in a fresh process."""
-    print("\n| log-probs of 4,096 tokens, V = 151,936 | all at once, GB | ours, GB | ratio of memory (at most 0.125) | all at once, s "
-          "| ours, s | ratio of time (at most 1.15) | norms of values and gradients differ by |\n|---|---|---|---|---|---|---|---|",
+    print("\n| log-probs of 4,096 tokens, V = 151,936 | all at once, GB | ours, GB | ratio (at most 0.125) | all at once, s "
+          "| ours, s | ratio (at most 1.15) | values and gradients differ by, relative |\n|---|---|---|---|---|---|---|---|",
           flush=True)
     for dtype, width in {"float32": 64 if args.quick else args.width, "bfloat16": 8}.items():
-        runs = {}
-        for way in ("straight", "ours"):
-            child = [sys.executable, __file__, "--score_once", way, dtype, "4096", str(width), "151936"]
-            done = subprocess.run(child, capture_output=True, text=True, check=True)
-            runs[way] = [float(x) for x in done.stdout.split("RESULT")[1].split()]
-        (a_bytes, a_seconds, *a_sums), (b_bytes, b_seconds, *b_sums) = runs["straight"], runs["ours"]
-        worst = max(abs(a - b) / a for a, b in zip(a_sums, b_sums))
-        print(f"| {dtype}, H = {width} | {a_bytes / 1e9:.2f} | {b_bytes / 1e9:.2f} | {b_bytes / a_bytes:.3f} | {a_seconds:.1f} "
-              f"| {b_seconds:.1f} | {b_seconds / a_seconds:.2f} | {worst:.0e} |", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            runs, values = [], []
+            for way in ("straight", "ours"):
+                numbers = ["4096", str(width), "151936", str(torch.get_num_threads())]
+                runs.append(in_a_process("--score_once", way, dtype, f"{folder}/{way}", *numbers))
+                values.append(torch.load(f"{folder}/{way}"))
+        worst = max((a - b).abs().max().item() / a.abs().max().item() for a, b in zip(*values))
+        (all_bytes, all_seconds), (num_bytes, seconds) = runs
+        print(f"| {dtype}, H = {width} | {all_bytes / 1e9:.2f} | {num_bytes / 1e9:.2f} | {num_bytes / all_bytes:.3f} "
+              f"| {all_seconds:.1f} | {seconds:.1f} | {seconds / all_seconds:.2f} | {worst:.0e} |", flush=True)
+
+
+def in_a_process(*arguments):
+    """The numbers that this script prints when called so, in a fresh process."""
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return [float(x) for x in done.stdout.split("RESULT")[1].split()]
 
 
 # ---------------------------------------------------------------------------------------------- a slice of 3B, and growth
@@ -363,9 +379,9 @@ def product_rate(shapes):
         a, b = torch.randn(m, k), torch.randn(k, n)
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = seconds_now()
             torch.mm(a, b)
-            times.append(time.perf_counter() - start)
+            times.append(seconds_now() - start)
         operations, seconds = operations + 2 * m * k * n, seconds + min(times)
     return operations / seconds
 
@@ -385,9 +401,9 @@ def bench_slice(args):
     rates, products = [], []
     for _ in range(2 if args.quick else 3):
         products.append(product_rate([(tokens, 2048, 11_008), (tokens, 11_008, 2048), (2048, tokens, 11_008)]))
-        start = time.perf_counter()
+        start = seconds_now()
         score(policy, inputs, mask, 1.0)[0].sum().backward()
-        rates.append(operations / (time.perf_counter() - start))
+        rates.append(operations / (seconds_now() - start))
     share = median(a / b for a, b in zip(rates, products))
     print(f"\nTwo layers of 3B, {tokens} tokens, forward and backward: {operations / 1e9:,.0f} · 10⁹ operations, "
           f"{median(rates) / 1e9:.0f} · 10⁹ a second, {share:.0%} of plain products (at least 70 %: "
@@ -411,10 +427,9 @@ def bench_linear(args):
             cells.append(median(times[1:]))
         print(f"| {what}, from {sizes[0]} | " + " | ".join(f"{c:.2f}" for c in cells) + " |", flush=True)
     REWARDS = kept
-    peaks = [subprocess.run([sys.executable, __file__, "--rollout_once", str(n)], capture_output=True, text=True, check=True)
-             .stdout.split("RESULT")[1] for n in (8, 16, 32)]
+    peaks = [in_a_process("--rollout_once", str(n))[0] for n in (8, 16, 32)]
     print("\nPeak memory of roll_out in calls of 64 rows, for 64, 128 and 256 rollouts: "
-          + ", ".join(f"{float(p) / 1e6:.0f} MB" for p in peaks), flush=True)
+          + ", ".join(f"{p / 1e6:.0f} MB" for p in peaks), flush=True)
 
 
 def rollout_once(prompts):
@@ -436,17 +451,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few repetitions")
+    parser.add_argument("--cpu", action="store_true", help="one thread, CPU seconds")
     parser.add_argument("--repeats", type=int, default=1, help="of the middle model's steps")
     parser.add_argument("--width", type=int, default=256, help="H of the scoring; 3B has 2048")
-    parser.add_argument("--score_once", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--score_once", nargs=7, help=argparse.SUPPRESS)
     parser.add_argument("--rollout_once", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     if args.score_once:
-        return score_once(*args.score_once[:2], *map(int, args.score_once[2:]))
+        return score_once(*args.score_once[:3], *map(int, args.score_once[3:]))
     if args.rollout_once:
         return rollout_once(args.rollout_once)
     start_ranks()
+    if args.cpu:
+        torch.set_num_threads(1)
     start = time.perf_counter()
     for name in args.only:
         PARTS[name](args)

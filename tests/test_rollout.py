@@ -280,7 +280,7 @@ def test_samples_of_a_task_stand_side_by_side_and_equal_prompts_stay_apart(polic
     assert [r.task["id"] for r in rollouts] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert len({tuple(r.ids) for r in rollouts}) == 9  # each one is a sample of its own
     assert len({id(part) for r in rollouts for part in (r.ids, r.logps, r.action_mask, r.images, r.turns)}) == 45
-    assert set(seconds) == {"generate", "tools"}
+    assert set(seconds) == {"generate", "tools", "padding"}
 
 
 def test_the_same_seed_gives_the_same_rollouts(policy):

@@ -163,7 +163,8 @@ def test_false_is_false(name):
 
 
 def test_every_flag_is_read():
-    read = {node.attr for node in ast.walk(ast.parse((ROOT / "train.py").read_text())) if isinstance(node, ast.Attribute)
+    code = "".join((ROOT / name).read_text() for name in ("train.py", "evaluate.py"))
+    read = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)
             and ast.unparse(node.value) in ("config", "self")}
     assert {f.name for f in fields(Config)} - read == set()
 
