@@ -41,7 +41,7 @@ def group_advantages(rewards: torch.Tensor, loss: str = "grpo") -> torch.Tensor:
 
 
 def token_logps(hidden: torch.Tensor, lm_head: torch.Tensor, targets: torch.Tensor, *, temperature: float,
-                suppressed: torch.Tensor, chunk: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+                suppressed: torch.Tensor, chunk: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target under the law that sampled it, and that law's entropy (no gradient).
 
     hidden (N, H), lm_head (V, H), targets (N,) int64, suppressed (S,) int64: ids that sampling never emits, taken out of

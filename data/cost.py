@@ -143,7 +143,7 @@ def activation_bytes(config: Qwen2_5_VLConfig, tokens: float, *, checkpointing: 
 
 
 def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch_tokens: int, batch_tokens: int,
-               beta: float = 0.0, checkpointing: bool = True, chunk: int = 512) -> dict[str, float]:
+               beta: float = 0.0, checkpointing: bool = True, chunk: int = 256) -> dict[str, float]:
     """Bytes of one GPU, by what holds them.
 
     The parts `copy` and `cache` live during rollouts only, `layer`, `activations` and `logits` in the update only; the rest
