@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,15 +19,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from evaluate import seed_step
 from make_model import make_model
 from model import encode_text, load_policy
 from ranks_worker import CODE, LIMITS, picture, task
 from rollout import Tools, roll_out
 from tools import CodeTool
-from train import Config, even_micro_batches, main, prepare, prompts_of_step, reference_logps, resume, seed_step, update
+from train import Config, even_micro_batches, main, prepare, prompts_of_step, reference_logps, update
 
 ROOT = Path(__file__).parent.parent
 IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
@@ -162,7 +166,7 @@ def plain_update(folder, reference_folder, rows, config):
             for p in model.parameters():
                 p -= LR * p.grad
                 p.grad = None
-    return (metrics | {"gap": gap, "tokens": num_tokens, "grad_norm": norm},
+    return (metrics | {"gap": gap, "tokens": num_tokens, "grad_norm": norm, "skipped": 0},
             {name: before[name] - p.detach() for name, p in model.named_parameters()})
 
 
@@ -227,7 +231,12 @@ def run(out, tasks, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread, as all tests
-        main(config, *prepare(config))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            main(config, *prepare(config))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return config
 
 
@@ -271,11 +280,10 @@ def test_sampled_and_scored_agree_at_a_temperature(short_run):
     assert all(row["gap"] < 1e-4 for row in rows_without_timings(short_run[1] / "metrics.jsonl"))
 
 
-def test_a_weight_moves_as_far_as_the_learning_rate_in_the_log(short_run, stopped, rank):
+def test_a_weight_moves_as_far_as_the_learning_rate_in_the_log(short_run, rank):
     """AdamW moves no weight by more than 1.002 times its rate in its second step, and one whose gradient is steady by it."""
     policy = load_policy(str(ROOT / "data" / "model"), shard=True)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0)
-    assert resume(policy, optimizer, Config(output_dir=str(stopped), resume=True)) == 1
+    dcp.load({"model": get_model_state_dict(policy.model)}, checkpoint_id=short_run[1] / "checkpoint-1")  # in place
     after = dict(load_policy(str(short_run[1] / "model")).model.named_parameters())
     moved = max((p.full_tensor() - after[name]).abs().max().item() for name, p in policy.model.named_parameters())
     assert [row["lr"] for row in rows_without_timings(short_run[1] / "metrics.jsonl")] == [1e-3, 0.5e-3]
@@ -304,7 +312,7 @@ def draw(seed):
     config, result = Config(prompts_per_step=4, seed=seed), []
     for step in range(4):
         prompts = prompts_of_step(list(range(8)), step, config)
-        seed_step(config, step)
+        seed_step(seed, step)
         result.append((prompts, torch.rand(()).item()))
     return result
 
