@@ -165,7 +165,7 @@ def two_agents(folder: Path) -> None:
 def watch(minutes: float, ranks: int, folder: Path) -> None:
     """Print what the processes of a run hold, twelve times in all."""
     out = folder / "long"
-    process = start(ranks, out, steps=1_000_000, eval_tasks="", save_every=50, rollouts_every=50, lr=0)
+    process = start(ranks, out, steps=1_000_000, eval_tasks="", save_every=50, rollouts_every=50, lr=1e-12)  # it learns nothing
     print("minutes  steps  MiB of each rank  open files  threads  processes  files of the run", flush=True)
     for n in range(12):
         time.sleep(minutes * 60 / 12)
