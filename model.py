@@ -86,7 +86,7 @@ def start_ranks() -> None:
     device, backend = pick_device()
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart: it still has the dead ranks' addresses
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with dead ranks' addresses
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
