@@ -93,7 +93,7 @@ def start_ranks() -> None:
     device, backend = pick_device()
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, dead ranks' addresses too
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with dead ranks' addresses
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:

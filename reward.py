@@ -13,8 +13,6 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-from tools import parse_action
-
 # An episode is paid for its form and its answer, 1:1 (paper); its tool parts are logged but not optimised.
 WEIGHTS = {"format": 1.0, "accuracy": 1.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
 # A single step is paid for its form and for the one part that fits its gold action (paper, released code).
@@ -206,6 +204,7 @@ def reward_parts(rollout, mode: str) -> dict[str, float]:
     """The named parts of the reward of a `rollout.Rollout`, each within 0 and 1; mode: "episode" or "step"."""
     task, turns = rollout.task, rollout.turns
     if mode == "step":
+        from tools import parse_action  # not at the top: all else here is text in, floats out
         action, gold = turns[0].action, parse_action(task["solution"])
         return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
     results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not turn.is_lost]

@@ -51,7 +51,7 @@ rotation180, dark, overexposure, blur, noise, crop, none (crop: the question is 
 TIP_REPAIR = "Write the code."
 TIP_NONE = "Answer the question."
 IMAGE_READY = "The processed image."
-MAX_KEPT = 4 << 30  # bytes of patches of tasks' images that a rank keeps
+MAX_KEPT = 4 << 30  # bytes of tasks' images, as pictures and as patches, that a rank keeps
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _load_image(policy, image):
         return policy.images[image]
     picture = ImageOps.exif_transpose(Image.open(image) if is_path else image).convert("RGB")
     encoded = encode_image(policy, picture)
-    if is_path and sum(known.pixels.nbytes for _, known in policy.images.values()) < MAX_KEPT:
+    if is_path and sum(known.pixels.nbytes + 3 * p.width * p.height for p, known in policy.images.values()) < MAX_KEPT:
         policy.images[image] = picture, encoded
     return picture, encoded
 

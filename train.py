@@ -112,6 +112,9 @@ class Config:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name} {value}: must be a finite number")
         if self.beta < 0 or not 0 <= self.lr_decay <= 1:
             raise ValueError(f"--beta {self.beta} --lr_decay {self.lr_decay}: beta is at least 0, lr_decay within 0 and 1")
         self.reward_weights()
@@ -405,7 +408,8 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
 
 if __name__ == "__main__":
     try:
-        [arguments] = HfArgumentParser(Config, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+        [arguments] = HfArgumentParser(Config, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(
+            look_for_args_file=False)
         arguments.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
         prepared = prepare(arguments)
     except (OSError, ValueError) as error:  # what a user can mend; whatever is raised later keeps its traceback

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TINY = {"steps": 6, "save_every": 2, "rollouts_every": 2, "eval_every": 4, "eval_limit": 4, "prompts_per_step": 2,
         "group_size": 4, "max_turns": 3, "code_timeout": 60}
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # several on a busy machine wait for one another
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # or busy machines crawl
 # Where a killed process was, by the first function of these that its stack holds.
 PLACES = {"_observe": "tool call", "export": "export", "publish": "export", "save_checkpoint": "checkpoint", "update": "update",
           "reference_logps": "reference", "evaluate_policy": "evaluation", "roll_out": "rollout", "log_step": "log",
@@ -166,7 +166,7 @@ def two_agents(folder: Path) -> None:
 def watch(minutes: float, ranks: int, folder: Path) -> None:
     """Print what the processes of a run hold, twelve times in all."""
     out = folder / "long"
-    process = start(ranks, out, steps=1_000_000, eval_tasks="", save_every=50, rollouts_every=50, lr=0)
+    process = start(ranks, out, steps=1_000_000, eval_tasks="", save_every=50, rollouts_every=50, lr=1e-12)  # no learning
     print("minutes  steps  MiB of each rank  open files  threads  processes  files of the run", flush=True)
     for n in range(12):
         time.sleep(minutes * 60 / 12)

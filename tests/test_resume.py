@@ -19,10 +19,9 @@ from rollout import rollout_metrics, step_line
 from train import Config, checkpoints, damaged_files, find_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2,
-        "group_size": 2, "max_turns": 2,
-        "beta": 0, "code_timeout": 60}
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # several on a busy machine wait for one another
+TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2, "group_size": 2,
+        "max_turns": 2, "beta": 0, "code_timeout": 60}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # or busy machines crawl
 TIMINGS = re.compile(r"seconds|tokens_per_s")
 
 
@@ -185,8 +184,8 @@ def test_what_is_later_than_the_checkpoint_is_cut(run_folder, one_rank):
 
 def test_no_room_in_mid_checkpoint_ends_the_run_and_leaves_the_older_ones(run_folder):
     """A limit on the size of files stands for the full disk: the write fails just so, in the middle of a file."""
-    limited = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20)); " \
-              f"os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    limited = ("import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20)); "
+               "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
     flags = {**TINY, "steps": 5, "output_dir": run_folder, "eval_tasks": ""}
     done = subprocess.run([sys.executable, "-c", limited, "train.py", "--resume", *[str(x) for k, v in flags.items()
                            for x in (f"--{k}", v)]], cwd=ROOT, capture_output=True, text=True, timeout=240,

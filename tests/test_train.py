@@ -126,11 +126,12 @@ def held_run(folder):
     held_run,
     lambda folder: ({"loss": "ppo"}, ["--loss ppo", "grpo, dr_grpo, dapo"]),
     lambda folder: ({"group_size": 1}, ["--group_size 1", "at least 2"]),
+    lambda folder: ({"beta": float("nan")}, ["--beta nan", "finite"]),
     lambda folder: ({"rewards": "beauty=1"}, ["beauty", "format"]),
     lambda folder: ({"corpus": "gopher:x"}, ["gopher", "sqlite"]),
     lambda folder: ({"mode": "step"}, ["--mode step", "solution"]),
 ], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run", "unknown loss", "group of one",
-        "unknown reward", "unknown backend", "no solution"])
+        "no number",         "unknown reward", "unknown backend", "no solution"])
 def test_bad_input_is_named_before_a_model_is_loaded(case, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings, words = case(tmp_path)
