@@ -131,7 +131,7 @@ def held_run(folder):
     lambda folder: ({"corpus": "gopher:x"}, ["gopher", "sqlite"]),
     lambda folder: ({"mode": "step"}, ["--mode step", "solution"]),
 ], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run", "unknown loss", "group of one",
-        "no number",         "unknown reward", "unknown backend", "no solution"])
+        "no number", "unknown reward", "unknown backend", "no solution"])
 def test_bad_input_is_named_before_a_model_is_loaded(case, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings, words = case(tmp_path)
