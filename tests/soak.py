@@ -150,8 +150,8 @@ def two_agents(folder: Path) -> None:
     from safetensors.torch import load_file
     one, two = folder / "one-agent", folder / "two-agents"
     end_well(start(2, one, **TINY), one)
-    meet = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{random.randint(20_000, 60_000)}",
-            "--rdzv_id=soak")
+    address = f"127.0.0.1:{random.randint(20_000, 60_000)}"
+    meet = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}", "--rdzv_id=soak")
     for process in [start(1, two, launcher=meet, **TINY) for _ in range(2)]:
         end_well(process, two)
     rows = [[timeless(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
