@@ -142,21 +142,33 @@ def activation_bytes(config: Qwen2_5_VLConfig, tokens: float, *, checkpointing: 
     return tokens * text.num_hidden_layers * layer
 
 
+def packed_bytes(config: Qwen2_5_VLConfig, shape: Shape, tokens: float, dtype: int = BF16) -> float:
+    """What the attention of one layer keeps beyond that, where groups are packed into a row of so many tokens.
+
+    Keys and values once for every head instead of every key head, then the prompt's beside each sample's own; outputs twice.
+    """
+    width, group = config.text_config.hidden_size, shape.prompt_tokens + shape.group_size * shape.sample_tokens
+    beside = tokens / group * shape.group_size * (shape.prompt_tokens + shape.sample_tokens)
+    return dtype * width * (2 * (tokens + beside) + tokens)
+
+
 def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch_tokens: int, batch_tokens: int,
                beta: float = 0.0, checkpointing: bool = True, chunk: int = 256) -> dict[str, float]:
     """Bytes of one GPU, by what holds them.
 
     The parts `copy` and `cache` live during rollouts only, `layer`, `activations` and `logits` in the update only; the rest
-    stays. batch_tokens: rows x length of one call of generate, which the cache of that call covers.
+    stays. batch_tokens bounds the tokens whose keys and values are kept; a prompt's are kept once.
     """
     text, weights = config.text_config, num_weights(config)
     tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
-    rows = shape.num_prompts * shape.group_size / gpus * (shape.prompt_tokens + shape.sample_tokens)
+    kept = shape.num_prompts / gpus * (shape.prompt_tokens + shape.group_size * shape.sample_tokens)
+    activations = activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing)
+    layers = 1 if checkpointing else text.num_hidden_layers  # that are whole in memory
     return {"weights": FP32 * weights / gpus, "gradients": FP32 * weights / gpus, "moments": 2 * FP32 * weights / gpus,
             "reference": FP32 * weights / gpus if beta else 0.0, "copy": BF16 * weights,
-            "cache": cache_bytes(config, 1, min(rows, batch_tokens)),
+            "cache": cache_bytes(config, 1, min(kept, batch_tokens)),
             "layer": 2 * BF16 * (2 * layer_weights(text) + tables),  # two layers (one is prefetched), the tables; gradients
-            "activations": activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing),
+            "activations": activations + layers * packed_bytes(config, shape, micro_batch_tokens),
             "logits": chunk * text.vocab_size * (FP32 + BF16)}
 
 
@@ -199,7 +211,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
-    parser.add_argument("--batch_tokens", type=int, default=65_536)
+    parser.add_argument("--batch_tokens", type=int, default=131_072)
     parser.add_argument("--no_checkpointing", action="store_true")
     args = parser.parse_args()
     print(table(Shape(num_prompts=args.prompts), micro_batch_tokens=args.micro_batch_tokens, batch_tokens=args.batch_tokens,

@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from cost import (Shape, activation_bytes, cache_bytes, forward_operations, num_weights, peak, published, step_bytes,
-                  step_operations, table, text_weights)
+from cost import (Shape, activation_bytes, cache_bytes, forward_operations, num_weights, packed_bytes, peak, published,
+                  step_bytes, step_operations, table, text_weights)
 from model import encode_image, encode_prompt, load_policy, model_inputs
 from rollout import Rollout
 
@@ -92,6 +92,29 @@ def test_activations_are_what_autograd_saves(model_folder, dtype, size):
         model.model.language_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)
     # Beyond the layers: the last norm, cosines and sines, logsumexp of the attention, 1 / rms of the norms.
     assert sum(kept.values()) == pytest.approx(activation_bytes(model.config, 512, dtype=size), rel=0.1)
+
+
+def test_packed_groups_keep_the_prompt_beside_each_sample(policy):
+    """The difference that the segments make to what autograd saves: two groups of 4 samples of 32 tokens, prompts of 128."""
+    model, held = policy.model, []
+
+    def saved(**options):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)  # or its storage would be used again, and counted once
+            return tensor
+
+        embedded, positions = torch.randn(1, 512, 128, requires_grad=True), torch.arange(512).expand(3, 1, -1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.model.language_model(inputs_embeds=embedded, position_ids=positions, use_cache=False, **options)
+        return sum(kept.values())
+
+    segments = [(128, [32] * 4)] * 2
+    more = saved(attention_mask={"full_attention": None}, segments=segments) - saved()
+    shape = Shape(num_prompts=2, group_size=4, prompt_tokens=128, sample_tokens=32)
+    assert more == pytest.approx(3 * packed_bytes(model.config, shape, 512, 4), rel=0.1)
 
 
 def test_a_step_costs_p_plus_g_c_tokens_instead_of_g_times_p_plus_c():

@@ -260,8 +260,8 @@ def row(action="answer", advantage=0.0):
 @pytest.mark.parametrize("rows, note", [([row("invalid", 1.0)] * 2, "COLLAPSED"), ([row()] * 2, "NOTHING TO LEARN FROM"),
                                         ([row(), row("invalid", 1.0)], "")])
 def test_a_collapsed_run_says_so_in_its_line(rows, note):
-    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "skipped", "seconds", "seconds_generate", "seconds_tools",
-                          "seconds_score", "seconds_update"], 0)
+    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds", "seconds_generate",
+                          "seconds_tools", "seconds_score", "seconds_update"], 0)
     line = step_line(rollout_metrics(rows) | rest, 4, 0.0)
     assert re.findall("COLLAPSED|NOTHING TO LEARN FROM", line) == [note] * bool(note)
 

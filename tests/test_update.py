@@ -1,9 +1,8 @@
 """One update of train.py against the formula on a plain Hugging Face model; a stopped run against one that was not stopped.
 
-One rank is this process itself; several are forks of it that talk by gloo.
+One rank is this process itself; several are processes that talk by gloo, forked from one that has done nothing but import.
 """
 import functools
-import gc
 import json
 import math
 import multiprocessing
@@ -34,6 +33,8 @@ from train import Config, even_micro_batches, main, prepare, prompts_of_step, re
 
 ROOT = Path(__file__).parent.parent
 IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
+CLEAN = multiprocessing.get_context("forkserver")  # a fork of this process would inherit gloo without its threads
+CLEAN.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
 SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40, "max_grad_norm": 1e6, "clip_high": 0.28}
 LR = 0.05
 
@@ -56,8 +57,7 @@ def rank():
 def on_ranks(size, folder, function, *args):
     """[what function(*args) returned on each rank] of `size` processes."""
     folder.mkdir()
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank, size, folder, function, args)) for rank in range(size)]
+    processes = [CLEAN.Process(target=work, args=(rank, size, folder, function, args)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -67,7 +67,7 @@ def on_ranks(size, folder, function, *args):
 
 
 def work(rank, size, folder, function, args):
-    gc.freeze()  # process groups of the parent, long closed, must not be collected here: their threads were not forked
+    torch.set_num_threads(1)
     with group(dist.FileStore(str(folder / "store"), size), rank, size):
         torch.save(function(*args), folder / f"{rank}.pt")
 
