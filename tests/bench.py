@@ -48,7 +48,7 @@ MIDDLE = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1792, num_hi
               num_key_value_heads=2, mrope=[8, 12, 12])
 SLICE_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=2, num_attention_heads=16,
                 num_key_value_heads=2, mrope=[16, 24, 24])
-REWARDS = torch.tensor([[1.0, 0.0, 2.0, 0.5, 0.0, 1.5, 1.0, 0.0]])  # of the G = 8 samples of every prompt
+REWARDS = torch.tensor([1.0, 0.0, 2.0, 0.5])  # of the samples of every prompt, again and again
 
 
 def seconds_now():
@@ -151,6 +151,10 @@ class Scenario:
     chance: float | None = None  # of the end at each token; None: all turns are new_tokens long
     beta: float = 0.0
     lean: bool = False  # the plain way too takes logits of action tokens only
+    group_size: int = 8
+
+    def advantages(self, num_prompts):
+        return group_advantages(REWARDS.repeat(num_prompts, self.group_size // len(REWARDS))).flatten()
 
     def due(self):
         if self.chance:
@@ -176,14 +180,14 @@ class Clock:
 
 def our_step(policy, reference, optimizer, tasks, scenario):
     """Stages 2 to 5 of train.py. Returns (rollouts, clock)."""
-    config = Config(group_size=REWARDS.shape[1], max_turns=len(scenario.kinds), max_new_tokens=scenario.new_tokens,
+    config = Config(group_size=scenario.group_size, max_turns=len(scenario.kinds), max_new_tokens=scenario.new_tokens,
                     max_tokens=8192, beta=scenario.beta, micro_batch_tokens=8192, batch_tokens=64 * 8192)
     num = len(tasks) * config.group_size
     clock = Clock()
     with scripted(policy, scenario.due, scenario.kinds, num), gathered(policy):
         rollouts, _ = roll_out(policy, tasks, Tools(code=StubCode()), config.limits(), group_size=config.group_size)
     clock.lap("generate")
-    advantages = group_advantages(REWARDS.expand(len(tasks), -1)).flatten().tolist()
+    advantages = scenario.advantages(len(tasks)).tolist()
     batches, num_real = even_micro_batches(policy, rollouts, advantages, config.micro_batch_tokens)
     ref_logps = reference_logps(reference if scenario.beta else None, batches, config.temperature)
     clock.lap("score")
@@ -197,7 +201,7 @@ def plain_step(policy, optimizer, tasks, scenario, rollouts):
     """The plain way with the lengths of these rollouts. policy: an unsharded one of its own. Returns its clock."""
     clock, model = Clock(), policy.model
     limits = Limits(max_tokens=8192, max_new_tokens=1)
-    prompts = [r for task in tasks for r in rollout_module._open(policy, task, limits, REWARDS.shape[1], "short")]
+    prompts = [r for task in tasks for r in rollout_module._open(policy, task, limits, scenario.group_size, "short")]
     lengths = [sum(r.action_mask) for r in rollouts]
     law = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths), eos_token_id=policy.end_id,
                            pad_token_id=policy.tokenizer.pad_token_id)
@@ -207,7 +211,7 @@ def plain_step(policy, optimizer, tasks, scenario, rollouts):
     clock.lap("generate")
     assert output.shape[0] == len(rollouts)
     model.train()
-    advantages = group_advantages(REWARDS.expand(len(tasks), -1)).flatten()
+    advantages = scenario.advantages(len(tasks))
     for rows in torch.arange(len(rollouts)).split(16):
         part = [rollouts[i] for i in rows]
         inputs = model_inputs(policy, part, "right")
@@ -310,8 +314,8 @@ def bench_mat(args):
                         lean=True)
     with tempfile.TemporaryDirectory() as folder:
         name = str(ROOT / "data/model") if args.quick else make_folder(folder, MIDDLE, VISION)
-        for row in compare("laptop" if args.quick else "middle", name, [scenario], 1, num_prompts=2, image_size=(616, 616),
-                           words=340):
+        for row in compare("laptop" if args.quick else "middle", name, [scenario], args.repeats, num_prompts=2,
+                           image_size=(616, 616), words=340):
             print(row, flush=True)
 
 
@@ -412,21 +416,18 @@ def bench_slice(args):
 
 def bench_linear(args):
     """Seconds of a step at 1, 2 and 4 times the prompts, samples, tokens; memory of roll_out by the number of rollouts."""
-    global REWARDS
     print("\n| laptop model, seconds of a step | 1 x | 2 x | 4 x |\n|---|---|---|---|", flush=True)
-    policy, kept = load(str(ROOT / "data/model")), REWARDS
+    policy = load(str(ROOT / "data/model"))
     optimizer = adamw(policy)
     for what, sizes in {"prompts": [(p, 4, 32) for p in (4, 8, 16)], "samples": [(4, g, 32) for g in (4, 8, 16)],
                         "tokens": [(4, 4, t) for t in (32, 64, 128)]}.items():
         cells = []
         for prompts, samples, tokens in sizes:
-            REWARDS = kept[:, :4].repeat(1, samples // 4)
             tasks = make_tasks(policy, prompts, (56, 56), 20)
-            scenario = Scenario("", tokens, None)
+            scenario = Scenario("", tokens, None, group_size=samples)
             times = [our_step(policy, None, optimizer, tasks, scenario)[1].total for _ in range(2 if args.quick else 4)]
             cells.append(median(times[1:]))
         print(f"| {what}, from {sizes[0]} | " + " | ".join(f"{c:.2f}" for c in cells) + " |", flush=True)
-    REWARDS = kept
     peaks = [in_a_process("--rollout_once", str(n))[0] for n in (8, 16, 32)]
     print("\nPeak memory of roll_out in calls of 64 rows, for 64, 128 and 256 rollouts: "
           + ", ".join(f"{p / 1e6:.0f} MB" for p in peaks), flush=True)
@@ -437,7 +438,7 @@ def rollout_once(prompts):
     policy = load_policy(str(ROOT / "data/model"))
     tasks = make_tasks(policy, prompts, (112, 112), 20)
     scenario = Scenario("", 64, None)
-    limits = Limits(1, 64, 2048, batch_tokens=64 * 200)
+    limits = Limits(1, 64, 2048, batch_tokens=64 * 2048)
     before = resident_peak()
     with scripted(policy, scenario.due, scenario.kinds, 8 * prompts):
         roll_out(policy, tasks, Tools(), limits, group_size=8)
@@ -452,7 +453,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few repetitions")
     parser.add_argument("--cpu", action="store_true", help="one thread, CPU seconds")
-    parser.add_argument("--repeats", type=int, default=1, help="of the middle model's steps")
+    parser.add_argument("--repeats", type=int, default=1, help="of the middle model's steps, after a first one")
     parser.add_argument("--width", type=int, default=256, help="H of the scoring; 3B has 2048")
     parser.add_argument("--score_once", nargs=7, help=argparse.SUPPRESS)
     parser.add_argument("--rollout_once", type=int, help=argparse.SUPPRESS)
