@@ -2,6 +2,7 @@
 
 What image code must not do is in test_sandbox.py.
 """
+import gc
 import json
 import os
 import sys
@@ -56,10 +57,13 @@ def test_a_turn_has_one_action(text, kind, content):
 
 @pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<code>```", "</think>", "<code> ", "<", "```python\n "])
 def test_parsing_is_linear_on_hostile_text(piece):
+    gc.freeze()  # what other tests have left in memory is not gone through again for every match
     started = time.process_time()
-    parse_action(piece * (1_000_000 // len(piece)))
-    parse_action("<code>" + piece.replace("<", "") * (1_000_000 // len(piece)) + "</code>")
-    assert time.process_time() - started < 1.0
+    parse_action(piece * (600_000 // len(piece)))
+    parse_action("<code>" + piece.replace("<", "") * (600_000 // len(piece)) + "</code>")
+    spent = time.process_time() - started
+    gc.unfreeze()
+    assert spent < 1.0  # a search to the end from each of 86,000 tags takes 15
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the released transcripts are not beside this checkout")
