@@ -499,8 +499,9 @@ def _action_logps(model, row, temperature, suppressed):
     # Who sees whom is said by the segments; given a dict, transformers makes no mask of its own.
     hidden = model.model(**row.inputs, attention_mask={"full_attention": None}, segments=row.segments,
                          use_cache=False).last_hidden_state[0] + unused  # (N, H)
-    values = token_logps(hidden[row.predictors[mask]], model.lm_head.weight, row.targets[mask], temperature=temperature,
-                         suppressed=suppressed)
+    # Not hidden[…]: samples of a group share their first predictor, and threads would add up its gradient in any order.
+    hidden = hidden.index_select(0, row.predictors[mask])
+    values = token_logps(hidden, model.lm_head.weight, row.targets[mask], temperature=temperature, suppressed=suppressed)
     empty = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
     return tuple(empty.masked_scatter(mask, v) for v in values)
 
