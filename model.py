@@ -21,7 +21,7 @@ Legend: P prompts, G samples a prompt, B rollouts, T tokens, V vocabulary, H hid
 import os
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,8 @@ from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoTokenizer, DynamicCache, GenerationConfig,
-                          LogitsProcessor, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+                          LogitsProcessor, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+                          StoppingCriteria)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -279,10 +280,14 @@ def _fill(policy, rendered, text, image):
 
 
 def model_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[str, torch.Tensor]:
+    """`token_inputs` and `image_inputs` of sequences, in their order: all that the model reads."""
+    return token_inputs(policy, sequences, side) | image_inputs(policy, [image for s in sequences for image in s.images])
+
+
+def token_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[str, torch.Tensor]:
     """Pad sequences on `side` ("left" to sample, "right" to score) and give every token its M-RoPE position.
 
-    Returns input_ids, attention_mask (B, T), position_ids (3, B, T) int64, and, if there is any image, pixel_values
-    (patches, 1176) and image_grid_thw (images, 3), in the order of the sequences.
+    Returns input_ids, attention_mask (B, T) and position_ids (3, B, T), all int64.
     """
     length = max(len(s.ids) for s in sequences)
     pad = policy.tokenizer.pad_token_id
@@ -292,12 +297,11 @@ def model_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[s
         rows.append(filler + s.ids if side == "left" else s.ids + filler)
         masks.append(blank + [1] * len(s.ids) if side == "left" else [1] * len(s.ids) + blank)
     ids, mask = torch.tensor(rows), torch.tensor(masks)  # (B, T)
-    vision = image_inputs(policy, [image for s in sequences for image in s.images])
-    grids = torch.tensor([image.grid for s in sequences for image in s.images]) if vision else None  # (images, 3)
-    positions, _ = policy.model.model.get_rope_index(ids, (ids == policy.image_id).int(), image_grid_thw=grids,
-                                                     attention_mask=mask)  # (3, B, T)
+    grids = [image.grid for s in sequences for image in s.images]
+    positions, _ = policy.model.model.get_rope_index(ids, (ids == policy.image_id).int(), attention_mask=mask,
+                                                     image_grid_thw=torch.tensor(grids) if grids else None)  # (3, B, T)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return {name: tensor.to(policy.device) for name, tensor in inputs.items()} | vision
+    return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
 
 
 def image_inputs(policy: Policy, images: list[EncodedImage]) -> dict[str, torch.Tensor]:
@@ -327,14 +331,15 @@ def gathered(policy: Policy) -> Iterator[None]:
 
 
 class LogpRecorder(LogitsProcessor):
-    """Keeps the log-prob of every sampled token, one step of logits at a time (never steps × B × V)."""
+    """Takes out what is never sampled, and keeps the log-prob of every sampled token (one step of logits at a time)."""
 
-    def __init__(self, temperature: float):
-        self.temperature, self.previous, self.steps = temperature, None, []
+    def __init__(self, temperature: float, suppressed: torch.Tensor):
+        self.temperature, self.suppressed, self.previous, self.steps = temperature, suppressed, None, []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.take(input_ids[:, -1])
-        self.previous = torch.log_softmax(scores.float() / self.temperature, dim=-1)  # (B, V)
+        scores = scores.float().index_fill(1, self.suppressed, float("-inf"))
+        self.previous = torch.log_softmax(scores / self.temperature, dim=-1)  # (B, V)
         return scores
 
     def take(self, sampled: torch.Tensor) -> None:
@@ -343,117 +348,165 @@ class LogpRecorder(LogitsProcessor):
             self.steps.append(self.previous.gather(1, sampled[:, None]).squeeze(1))  # (B,)
 
 
+class HalfEnded(StoppingCriteria):
+    """Breaks a `generate` off once half of its rows have ended their turns: those leave, the others go on in a smaller one."""
+
+    def __init__(self, end_id: int, interrupted: Callable[[], bool]):
+        self.end_id, self.interrupted, self.ended = end_id, interrupted, False
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.ended |= input_ids[:, -1] == self.end_id  # (B,)
+        return (self.ended.float().mean() >= 0.5).expand(len(input_ids)) | self.interrupted()
+
+
+@dataclass(eq=False)
+class Stream:
+    """A sequence that is being sampled, as the decoder knows it; `ids` and `images` make it a `Sequence` of its own."""
+    row: Sequence  # the caller's, who appends to it between turns
+    prompt: int  # which of the decoder's prompts it begins with
+    seen: int  # number of ids that are encoded, in its prompt or beside its `Kept`
+    num_images: int  # and of images
+    turn: list[int] = field(default_factory=list)  # ids sampled in this turn
+    logps: list[float] = field(default_factory=list)
+
+    ids = property(lambda self: self.row.ids + self.turn)
+    images = property(lambda self: self.row.images)
+
+
+class Kept(NamedTuple):
+    """Keys and values of B streams for what they hold beyond their prompts."""
+    streams: list[Stream]
+    filled: torch.Tensor  # (B, S) bool, False at holes
+    layers: list[tuple[torch.Tensor, torch.Tensor]]  # (B, key heads, S, d) each
+
+    def pick(self, streams: list[Stream]) -> "Kept":
+        """Those of some streams, with the holes closed: tokens move to the right end."""
+        rows = [self.streams.index(stream) for stream in streams]
+        filled = self.filled[rows]
+        order = filled.int().argsort(dim=1, stable=True)[:, filled.shape[1] - int(filled.sum(dim=1).max()):]
+        layers = [tuple(x[rows].take_along_dim(order[:, None, :, None], dim=2) for x in layer) for layer in self.layers]
+        return Kept(streams, filled.gather(1, order), layers)
+
+
+def _join(parts: list[Kept]) -> Kept:
+    """One below the other, with holes on the left of the shorter ones."""
+    width = max(part.filled.shape[1] for part in parts)
+
+    def stacked(tensors, dim):
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(x, (0, 0) * (x.ndim - 1 - dim) + (width - x.shape[dim], 0)) for x in tensors])
+    layers = [tuple(stacked(tensors, 2) for tensors in zip(*layer)) for layer in zip(*(part.layers for part in parts))]
+    return Kept(sum((part.streams for part in parts), []), stacked([part.filled for part in parts], 1), layers)
+
+
 class Decoder:
     """Samples turn after turn for B sequences, those of a prompt side by side. Lives as long as their rollouts.
 
     Each prompt is encoded once for all sequences that begin with it, up to its last token. What a sequence holds beyond
-    that is fed once: `cache` has a row for each, with holes where `filled` (B, S) is False.
+    that is fed once, and its keys and values are `kept`.
     """
 
     def __init__(self, policy: Policy, sequences: list[Sequence]):
         """The sequences are prompts, of at least two tokens. Runs the vision tower and one forward pass."""
-        self.policy, self.rows = policy, sequences
-        numbers, prompts, self.prompt_of = {}, [], []
+        self.policy, self.streams, numbers, prompts = policy, [], {}, []
         for s in sequences:
             start = (*s.ids, *map(id, s.images))
             if start not in numbers:
                 numbers[start] = len(prompts)
                 prompts.append(s)
-            self.prompt_of.append(numbers[start])
-        self.seen = [len(s.ids) - 1 for s in sequences]  # ids of a row that are encoded, in its prompt or in the cache
-        self.num_images = [len(s.images) for s in sequences]  # and images
-        self.cache = DynamicCache(config=policy.model.config)
-        self.filled = torch.zeros(len(sequences), 0, dtype=torch.bool, device=policy.device)
+            self.streams.append(Stream(s, numbers[start], len(s.ids) - 1, len(s.images)))
         inputs = model_inputs(policy, prompts, "left")
         inputs |= {name: inputs[name][..., :-1] for name in ("input_ids", "attention_mask", "position_ids")}
         with torch.no_grad():
             encoded = policy.model.model(**inputs, past_key_values=DynamicCache(config=policy.model.config)).past_key_values
         self.prompts = [(layer.keys, layer.values) for layer in encoded.layers]  # (P, key heads, L, d) each
         self.computed, self.needed = inputs["input_ids"].numel(), int(inputs["attention_mask"].sum())  # tokens, so far
-        padding = inputs["attention_mask"][:, None, None] == 0  # (P, 1, 1, L)
-        self.prompt_padding = padding if padding.any() else None
+        self.prompt_padding = inputs["attention_mask"][:, None, None] == 0  # (P, 1, 1, L)
+        nothing = [tuple(x.new_zeros(len(sequences), x.shape[1], 0, x.shape[3]) for x in layer) for layer in self.prompts]
+        self.kept = [Kept(self.streams, torch.zeros(len(sequences), 0, dtype=torch.bool, device=policy.device), nothing)]
 
     @torch.no_grad()
-    def sample(self, live: list[Sequence], max_new_tokens: int, temperature: float) -> list[tuple[list[int], list[float]]]:
+    def sample(self, live: list[Sequence], max_new_tokens: int, temperature: float,
+               interrupted: Callable[[], bool] = lambda: False) -> list[tuple[list[int], list[float]]]:
         """One turn for each of `live`: [(ids with `<|im_end|>` if it was reached, log-probs in nats), ...].
 
-        `live` are sequences of the constructor that the caller has appended to; those that are missing are dropped for
-        good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from torch's
-        global generator.
+        `live` are sequences of the constructor, in their order, that the caller has appended to; those that are missing
+        are dropped for good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from torch's
+        global generator. Once `interrupted` says True turns end where they are.
         """
         wanted = set(map(id, live))
-        self._keep([i for i, row in enumerate(self.rows) if id(row) in wanted])
-        inputs = self._unseen_inputs()
-        recorder = LogpRecorder(temperature or 1.0)
-        law = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-        pad = self.policy.tokenizer.pad_token_id
-        config = GenerationConfig(**law, repetition_penalty=1.0, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                                  eos_token_id=self.policy.end_id, suppress_tokens=self.policy.suppressed.tolist())
-        with self._prompts_shared():
-            # synced_gpus would make ranks wait for the longest: parameters are gathered, so nobody has to.
-            output = self.policy.model.generate(**inputs, past_key_values=self.cache, generation_config=config,
-                                                logits_processor=[recorder], synced_gpus=False)  # (B, unseen + new)
-        recorder.take(output[:, -1])
-        new = output[:, inputs["input_ids"].shape[1]:].tolist()
-        logps = torch.stack(recorder.steps, dim=1).tolist()  # (B, new)
-        lengths = [ids.index(self.policy.end_id) + 1 if self.policy.end_id in ids else len(ids) for ids in new]
-        self._note(inputs, lengths, len(new[0]) - 1)  # the last token was sampled, not fed
-        return [(ids[:length], row_logps[:length]) for ids, row_logps, length in zip(new, logps, lengths)]
+        self.streams = [stream for stream in self.streams if id(stream.row) in wanted]
+        alive = sorted({stream.prompt for stream in self.streams})
+        if len(alive) < len(self.prompts[0][0]):
+            self.prompts = [(key[alive], value[alive]) for key, value in self.prompts]
+            self.prompt_padding = self.prompt_padding[alive]
+        for stream in self.streams:
+            stream.prompt, stream.turn, stream.logps = alive.index(stream.prompt), [], []
+        kept, self.kept = _join(self.kept).pick(self.streams), []
+        while kept.streams:
+            kept = self._generate(kept, max_new_tokens, temperature, interrupted)
+            going = [s for s in kept.streams if s.turn[-1] != self.policy.end_id and len(s.turn) < max_new_tokens]
+            if not going or interrupted():
+                break
+            self.kept.append(kept.pick([s for s in kept.streams if s not in going]))
+            kept = kept.pick(going)
+        self.kept.append(kept)
+        return [(stream.turn, stream.logps) for stream in self.streams]
 
-    def _unseen_inputs(self):
-        """Inputs of `generate`: of each row what neither its prompt nor the cache holds, padded on the left."""
-        inputs = model_inputs(self.policy, self.rows, "left")
-        unseen = torch.tensor([len(row.ids) - seen for row, seen in zip(self.rows, self.seen)], device=self.policy.device)
+    def _generate(self, kept, max_new_tokens, temperature, interrupted):
+        """Continue the turns of some streams until half of them have ended theirs; returns what is then kept."""
+        inputs = self._unseen_inputs(kept)
+        cache = DynamicCache(config=self.policy.model.config)
+        for layer, (keys, values) in enumerate(kept.layers):
+            cache.update(keys, values, layer)
+        recorder = LogpRecorder(temperature or 1.0, self.policy.suppressed)
+        law = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        config = GenerationConfig(**law, repetition_penalty=1.0, max_new_tokens=max_new_tokens - len(kept.streams[0].turn),
+                                  eos_token_id=self.policy.end_id, pad_token_id=self.policy.tokenizer.pad_token_id)
+        with self._prompts_shared(kept.streams):
+            # synced_gpus would make ranks wait for the longest: parameters are gathered, so nobody has to.
+            output = self.policy.model.generate(**inputs, past_key_values=cache, generation_config=config, synced_gpus=False,
+                                                logits_processor=[recorder],
+                                                stopping_criteria=[HalfEnded(self.policy.end_id, interrupted)])
+        recorder.take(output[:, -1])
+        new = output[:, inputs["input_ids"].shape[1]:]  # (B, steps)
+        logps = torch.stack(recorder.steps, dim=1).tolist()
+        lengths = [ids.index(self.policy.end_id) + 1 if self.policy.end_id in ids else len(ids) for ids in new.tolist()]
+        fed = torch.arange(new.shape[1] - 1, device=new.device) < torch.tensor(lengths, device=new.device)[:, None]
+        filled = torch.cat([inputs["attention_mask"].bool(), fed], dim=1)  # the last token was sampled, not fed
+        self.needed += int(filled.sum()) - int(kept.filled.sum())
+        self.computed += inputs["input_ids"].numel() + fed.numel()
+        for stream, ids, row_logps, length in zip(kept.streams, new.tolist(), logps, lengths, strict=True):
+            stream.seen = len(stream.ids) + min(length, fed.shape[1])
+            stream.num_images = len(stream.images)
+            stream.turn, stream.logps = stream.turn + ids[:length], stream.logps + row_logps[:length]
+        return Kept(kept.streams, filled, [(layer.keys, layer.values) for layer in cache.layers])
+
+    def _unseen_inputs(self, kept):
+        """Inputs of `generate`: of each stream what neither its prompt nor what is kept holds, padded on the left."""
+        inputs = token_inputs(self.policy, kept.streams, "left")
+        unseen = torch.tensor([len(s.ids) - s.seen for s in kept.streams], device=self.policy.device)
         width = int(unseen.max())
         mask = torch.arange(width, device=unseen.device) >= width - unseen[:, None]  # (B, width)
         ids = inputs["input_ids"][:, -width:].masked_fill(~mask, self.policy.tokenizer.pad_token_id)  # no placeholder twice
-        images = [image for row, seen in zip(self.rows, self.num_images) for image in row.images[seen:]]
-        return {"input_ids": ids, "attention_mask": torch.cat([self.filled, mask], dim=1).long(),
+        images = [image for s in kept.streams for image in s.images[s.num_images:]]
+        return {"input_ids": ids, "attention_mask": torch.cat([kept.filled, mask], dim=1).long(),
                 "position_ids": inputs["position_ids"][:, :, -width:], **image_inputs(self.policy, images)}
 
-    def _note(self, inputs, lengths, steps):
-        """What the cache holds after `generate`: the inputs, and all sampled tokens but the last step's."""
-        sampled = torch.tensor(lengths, device=self.policy.device)[:, None]
-        fed = torch.arange(steps, device=self.policy.device) < sampled  # (B, steps)
-        before = int(self.filled.sum())
-        self.filled = torch.cat([inputs["attention_mask"].bool(), fed], dim=1)
-        self.needed += int(self.filled.sum()) - before
-        self.computed += inputs["input_ids"].numel() + fed.numel()
-        self.seen = [len(row.ids) + min(length, steps) for row, length in zip(self.rows, lengths)]
-        self.num_images = [len(row.images) for row in self.rows]
-
-    def _keep(self, indices):
-        """Drop the rows of ended rollouts and prompts without rows, and close the holes: tokens move to the right end."""
-        if self.filled.shape[1]:
-            filled = self.filled[indices]  # (B, S)
-            order = filled.int().argsort(dim=1, stable=True)[:, -int(filled.sum(dim=1).max()):]  # (B, S that are needed)
-            self.filled = filled.gather(1, order)
-            for layer in self.cache.layers:
-                layer.keys, layer.values = (x[indices].take_along_dim(order[:, None, :, None], dim=2)
-                                            for x in (layer.keys, layer.values))
-        else:
-            self.filled = self.filled[indices]
-        for name in ("rows", "prompt_of", "seen", "num_images"):
-            setattr(self, name, [getattr(self, name)[i] for i in indices])
-        alive = sorted(set(self.prompt_of))
-        if len(alive) < len(self.prompts[0][0]):
-            self.prompts = [(key[alive], value[alive]) for key, value in self.prompts]
-            self.prompt_padding = None if self.prompt_padding is None else self.prompt_padding[alive]
-            self.prompt_of = [alive.index(prompt) for prompt in self.prompt_of]
-
     @contextmanager
-    def _prompts_shared(self):
-        """Inside, the attention layers of the language model see the prompts before the cache."""
-        group_size = max(Counter(self.prompt_of).values())
+    def _prompts_shared(self, streams):
+        """Inside, the attention layers of the language model see the prompts of the streams before the cache."""
+        group_size = max(Counter(stream.prompt for stream in streams).values())
         taken, slots = Counter(), []
-        for prompt in self.prompt_of:
-            slots.append(prompt * group_size + taken[prompt])
-            taken[prompt] += 1
+        for stream in streams:
+            slots.append(stream.prompt * group_size + taken[stream.prompt])
+            taken[stream.prompt] += 1
         dense = slots == [*range(len(self.prompts[0][0]) * group_size)]  # all groups are whole, and stand in order
         slots = None if dense else torch.tensor(slots, device=self.policy.device)
+        padding = self.prompt_padding if self.prompt_padding.any() else None
         layers = [layer.self_attn for layer in self.policy.model.model.language_model.layers]
         for layer, (key, value) in zip(layers, self.prompts, strict=True):
-            layer.prompts = SharedPrompts(key, value, self.prompt_padding, slots, group_size)
+            layer.prompts = SharedPrompts(key, value, padding, slots, group_size)
         try:
             yield
         finally:

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo import Segments
 from model import (Decoder, EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, image_inputs,
-                   model_inputs)
+                   token_inputs)
 from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, parse_action
 
 # What stands after the question. `short` is for the laptop model, which learnt the form from demonstrations.
@@ -139,7 +139,8 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
         part, mark = rollouts[start:start + rows], time.perf_counter()
         decoder = None if sampler else Decoder(policy, part)
         seconds["generate"] += time.perf_counter() - mark
-        act = sampler or partial(decoder.sample, max_new_tokens=limits.max_new_tokens, temperature=temperature)
+        act = sampler or partial(decoder.sample, max_new_tokens=limits.max_new_tokens, temperature=temperature,
+                                 interrupted=interrupted)
         _play(policy, part, tools, limits, act, interrupted, seconds)
         if decoder:
             computed, needed = computed + decoder.computed, needed + decoder.needed
@@ -325,7 +326,7 @@ def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) ->
 
     Neighbours of the same prompt share it, so that G of them cost P + G·C tokens instead of G·(P + C).
     """
-    positions = model_inputs(policy, rollouts, "right")["position_ids"]  # (3, B, longest)
+    positions = token_inputs(policy, rollouts, "right")["position_ids"]  # (3, B, longest)
     ids, places, images, segments, targets, predictors = [], [], [], [], [], []
     for (prompt, shown), group in groupby(enumerate(rollouts), key=lambda row: _prompt(policy, row[1])):
         group, length = list(group), len(prompt)

@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -120,18 +121,19 @@ def at(lengths):
 
 @contextlib.contextmanager
 def scripted(policy, make_due, kinds, num_rollouts):
-    """Inside, turns end as make_due() says, and turn n of every rollout is an action of kind kinds[n]."""
-    generate, parse = policy.model.generate, rollout_module.parse_action
+    """Inside, turns end as make_due() says, turn n of every rollout is an action of kind kinds[n], seconds are `seconds_now`."""
+    generate, parse, clock, due = policy.model.generate, rollout_module.parse_action, rollout_module.time, make_due()
     script = iter([Action(kind, "7") for kind in kinds for _ in range(num_rollouts)])
 
     def forced(*args, logits_processor=(), **options):
-        return generate(*args, logits_processor=[Ends(policy.end_id, make_due()), *logits_processor], **options)
+        return generate(*args, logits_processor=[Ends(policy.end_id, due), *logits_processor], **options)
 
     policy.model.generate, rollout_module.parse_action = forced, lambda text: next(script)
+    rollout_module.time = SimpleNamespace(perf_counter=seconds_now)
     try:
         yield
     finally:
-        policy.model.generate, rollout_module.parse_action = generate, parse
+        policy.model.generate, rollout_module.parse_action, rollout_module.time = generate, parse, clock
 
 
 class StubCode:
@@ -185,8 +187,9 @@ def our_step(policy, reference, optimizer, tasks, scenario):
     num = len(tasks) * config.group_size
     clock = Clock()
     with scripted(policy, scenario.due, scenario.kinds, num), gathered(policy):
-        rollouts, _ = roll_out(policy, tasks, Tools(code=StubCode()), config.limits(), group_size=config.group_size)
+        rollouts, spent = roll_out(policy, tasks, Tools(code=StubCode()), config.limits(), group_size=config.group_size)
     clock.lap("generate")
+    clock.stages["generate"] -= spent["tools"]  # the stub, and cutting its images into patches, which the plain way gets
     advantages = scenario.advantages(len(tasks)).tolist()
     batches, num_real = even_micro_batches(policy, rollouts, advantages, config.micro_batch_tokens)
     ref_logps = reference_logps(reference if scenario.beta else None, batches, config.temperature)

@@ -540,7 +540,8 @@ def test_the_cache_holds_no_more_than_the_live_rows_need(biased, rows):
     decoder.sample(live, 1, 1.0)
     [row] = live
     needed = len(row.ids) - starts[0] + 1  # its tokens, and the last one of its prompt
-    assert [tuple(layer.keys.shape) for layer in decoder.cache.layers] == [(1, 2, needed, 32)] * 3
+    [kept] = decoder.kept
+    assert [tuple(x.shape) for layer in kept.layers for x in layer] == [(1, 2, needed, 32)] * 6
     assert len(decoder.prompts[0][0]) == 1
 
 
