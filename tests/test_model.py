@@ -484,7 +484,8 @@ def test_a_row_ends_with_its_end_token_while_others_go_on(biased, rows):
     with torch.no_grad():
         biased.model.lm_head.bias[END] = 5.0
     results = sample(biased, [rows["text"], rows["image"]] * 8, 10, 1.0)
-    assert {len(ids) for ids, _ in results} >= {2, 4, 10}  # some end soon, some never
+    lengths = {len(ids) for ids, _ in results}
+    assert min(lengths) <= 4 and max(lengths) == 10 and len(lengths) > 3  # some end soon, some never
     for row, (ids, logps) in zip([rows["text"], rows["image"]] * 8, results):
         assert END not in ids[:-1] and PAD not in ids
         assert ids[-1] == END or len(ids) == 10
@@ -500,11 +501,13 @@ class Growing(SimpleNamespace):
         self.ids, self.images = self.ids + ids, self.images + [*images]
 
 
-@pytest.mark.parametrize("end_bias", [0.0, 4.0])  # the same length for all, or ragged
-def test_turns_continue_from_keys_and_values_as_from_the_whole_sequence(biased, rows, end_bias):
-    """Three turns of two groups with observations of unlike lengths, new images, and rows that leave: sampled from the law
-    that a full encoding gives. Logits to 1e-4."""
-    policy, plain = biased, biased.model
+@pytest.mark.parametrize("end_bias", [0.0, 5.0])  # the same length for all, or ragged
+def test_turns_continue_from_keys_and_values_as_from_the_whole_sequence(biased, rows, end_bias, monkeypatch):
+    """Three turns of two groups with observations of unlike lengths, new images, rows that leave for good, and rows that
+    leave until their next turn: sampled from the law that a full encoding gives. Logits to 1e-4."""
+    policy, plain, sizes = biased, biased.model, []
+    generate = policy.model.generate
+    monkeypatch.setattr(policy.model, "generate", lambda **inputs: sizes.append(len(inputs["input_ids"])) or generate(**inputs))
     with torch.no_grad():
         policy.model.lm_head.bias[END] = end_bias
     torch.manual_seed(0)
@@ -521,7 +524,16 @@ def test_turns_continue_from_keys_and_values_as_from_the_whole_sequence(biased, 
             row.append(ids)
             row.append(encode_observation(policy, "Look. " * i, image), [image] * (image is not None))
         live = live[:1] + live[2:] if turn == 0 else live[1:3]  # then a whole group leaves
-    assert checked == 9 * (6 + 5 + 2) or end_bias
+    if end_bias:  # half of the rows left in mid-turn, and came back
+        assert sizes[:3] == [6, 3, 5] and checked < 9 * (6 + 5 + 2)
+    else:
+        assert sizes == [6, 5, 2] and checked == 9 * (6 + 5 + 2)
+
+
+def test_an_interrupted_turn_ends_at_its_next_token(hub, rows):
+    asked = iter([False, False, True, True])
+    [(ids, logps)] = Decoder(hub, [rows["text"]]).sample([rows["text"]], 50, 1.0, lambda: next(asked))
+    assert len(ids) == len(logps) == 3
 
 
 def test_the_cache_holds_no_more_than_the_live_rows_need(biased, rows):
@@ -555,6 +567,24 @@ def packed(policy, batch, masks=None):
     rollouts = [SimpleNamespace(ids=row.ids, images=row.images, action_mask=mask, logps=[0.0] * len(mask))
                 for row, mask in zip(batch, masks, strict=True)]
     return collate(policy, rollouts, [0.0] * len(batch))
+
+
+def test_threads_give_the_same_gradient_each_time(policy, image):
+    """16 samples of a prompt meet at its last token, where the gradients of their first ones are added up."""
+    shown, generator = encode_image(policy, image), torch.Generator().manual_seed(0)
+    prompt = encode_prompt(policy, "What is on the sign?", shown)
+    samples = torch.randint(0, 700, (16, 40), generator=generator).tolist()
+    rollouts = [SimpleNamespace(ids=prompt + ids, images=[shown], action_mask=[0] * len(prompt) + [1] * 40,
+                                logps=[0.0] * (len(prompt) + 40)) for ids in samples]
+    batch, gradients = collate(policy, rollouts, [0.0] * 16), []
+    torch.set_num_threads(4)
+    for _ in range(8):
+        policy.model.zero_grad()
+        score(policy, batch, 1.0)[0].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    torch.set_num_threads(1)
+    policy.model.zero_grad()
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -1066,7 +1066,7 @@ def train(serve, tmp_path):
                    "--topk", "1", "--steps", "2", "--prompts_per_step", "2", "--group_size", "4", "--max_turns", "3",
                    "--eval_tasks", "", "--beta", "0", "--output_dir", str(tmp_path / name), *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())})
     run.server = server
     return run
 
