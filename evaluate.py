@@ -2,10 +2,11 @@
 
     python evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --prompt full --tasks MAT-Search.json --benchmark mat-search
     python evaluate.py --rescore runs/evaluate/predictions.json --benchmark mat-coding
+    python evaluate.py --compare A/predictions.json B/predictions.json --benchmark mat-coding
 
 `load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is loaded;
 `evaluate_tasks` plays each task once, greedily, with live tools; `score` averages over all tasks of a split, unanswered
-ones included. Standard output ends with a line of JSON: {"all": {"f1", "em", "n"}, "simple": …, "hard": …}.
+ones included, with 95 % intervals. Standard output ends with a line of JSON: {"all": {"f1", "em", "n", …}, "simple": …}.
 Left out on purpose: sampling and votes (greedy decoding draws no random numbers: there is no seed), several GPUs on the
 command line (`evaluate_policy`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
 replacing the crop box in the model's code by the one in the question.
@@ -27,29 +28,42 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from reward import exact_match, f1_score
+from reward import exact_match, grade
 from tools import CodeTool, SearchTool
 
-Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle"]
+Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle", "offline"]
 SIMPLE_FIRST = {"mat-coding": (70, 200), "mat-search": (75, 150)}  # the first n of N tasks are simple, the rest hard
 FAMILIES = ("search", "coding")
+SPLITS = ("all", "simple", "hard", "coding", "search")  # with figures of their own; the last two are those of offline tasks
+RESAMPLES = 4_000  # of a bootstrap
 ANSWER_KEYS = ("answers", "answer", "golden_answers", "gt")  # MAT-Coding, MAT-Search, FlashRAG, MAT's training steps
 
 
+class MissingImage(ValueError):
+    """An image that a row names is in none of the folders; `name` is the row's."""
+
+    def __init__(self, key, name, folders):
+        super().__init__(f"{key} {name!r} is not in {', '.join(map(str, folders))}; put it there or give its folder")
+        self.name = name
+
+
 def load_tasks(path: str | Path, benchmark: str | None = None, image_folder: str | Path | None = None,
-               limit: int | None = None) -> list[dict]:
+               limit: int | None = None, problems: dict[int, ValueError] | None = None) -> list[dict]:
     """Read tasks of any layout: MAT-Search, MAT-Coding, FlashRAG jsonl, MAT's training steps, and ours.
 
     A task has the keys id, family ("search" or "coding"), question, answers (list of str), image (absolute path, None
-    for text only), type (list of str), split (the row's own; or "simple", "hard" by the order of a complete MAT file;
-    or "all") and solution (the gold turn of a step, else None). The question of a step is its `problem` with the chain
-    so far. Images lie in image_folder, or else beside the file, in its `<stem>-image` or its `<stem>_images`. With a
-    benchmark, rows are taken as published: one of MAT-Search has an empty gold, which is refused otherwise. limit keeps
-    the first tasks. Raises ValueError "file, row N: reason; way out", with N from 1.
+    for text only: FlashRAG, or a row's own null), type (list of str), split (the row's own; or "simple", "hard" by the
+    order of a complete MAT file; or the family, for the benchmark "offline"; or "all") and solution (the gold turn of a
+    step, else None). The question of a step is its `problem` with the chain so far. Images lie in image_folder, or else
+    beside the file, in its `<stem>-image` or its `<stem>_images`. With a benchmark, rows are taken as published: one of
+    MAT-Search has an empty gold, which is refused otherwise. limit keeps the first tasks.
+    Raises ValueError "file, row N: reason; way out", with N from 1; or, given a dict of problems, puts the error of each
+    bad row into it under N and leaves the row out.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit} leaves no task; give at least 1")
@@ -61,9 +75,9 @@ def load_tasks(path: str | Path, benchmark: str | None = None, image_folder: str
         task = _task(row, number, folders, blank_allowed=benchmark is not None)
         if task["image"] is not None:
             check_image(task["image"])
-        return {**task, "split": _split(row, number, len(rows), benchmark)}
+        return {**task, "split": task["family"] if benchmark == "offline" else _split(row, number, len(rows), benchmark)}
 
-    return _each(path, rows[:limit], read)
+    return _each(path, rows[:limit], read, problems)
 
 
 def _read_rows(path):
@@ -88,19 +102,23 @@ def _parse(data, path, line):
         raise ValueError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)}); mend the line") from None
 
 
-def _each(path, rows, read):
-    """[read(row, number)], with the place of a bad row in its error. Ids (or else numbers) must be distinct."""
+def _each(path, rows, read, problems=None):
+    """[read(row, number)], with the place of a bad row in its error. Ids (or else numbers) must be distinct.
+    Given a dict of problems, bad rows are noted there and left out."""
     results, row_of = [], {}
     for number, row in enumerate(rows, start=1):
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"is no object but {type(row).__name__}; write {{\"id\": …}}")
-            results.append(read(row, number))
+            result = read(row, number)
             first = row_of.setdefault(str(row.get("id", number)), number)
             if first != number:
                 raise ValueError(f"has the id {row.get('id', number)!r} of row {first}; give every row its own")
+            results.append(result)
         except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+            if problems is None:
+                raise ValueError(f"{path}, row {number}: {error}") from None
+            problems[number] = error
     return results
 
 
@@ -145,14 +163,14 @@ def _golds(row, key, blank_allowed):
 
 def _find_image(row, kinds, folders):
     """The path of the input image; MAT-Coding shows the original for a crop, the processed one otherwise."""
-    if "golden_answers" in row:
+    if "golden_answers" in row or row.get("image_path", "") is None:
         return None
     key = "ori_image_path" if kinds == ["crop"] else "processed_image_path"
     key = key if key in row else "image_path"
     name = _text(row, key)
     found = [folder / name for folder in folders if (folder / name).is_file()]
     if not found:
-        raise ValueError(f"{key} {name!r} is not in {', '.join(map(str, folders))}; put it there or give its folder")
+        raise MissingImage(key, name, folders)
     return str(found[0].resolve())
 
 
@@ -166,32 +184,92 @@ def _check_image(path):
         raise ValueError(f"image {path} cannot be read ({error}); replace it or remove the row") from None
 
 
-def score(predictions: list[dict], benchmark: str | None = None) -> dict[str, dict[str, float]]:
+def score(predictions: list[dict], benchmark: str | None = None) -> dict[str, dict]:
     """Average F1 and exact match in percent, to the two decimals that the paper prints, and the number of rows n.
 
-    A prediction has `pred_answer` (str, or None for no answer), `gt` (str or list of str) and perhaps `split`. Returns
-    {"all": {"f1", "em", "n"}}, and the same for "simple" and "hard" where rows say so or the file is a complete MAT
-    benchmark in order. MAT-Coding counts Chinese by characters; all others count words.
+    A prediction has `pred_answer` (str, or None for no answer), `gt` (str or list of str) and perhaps `split`, and `error`
+    if its task failed, which is no answer. Returns {"all": {"f1", "em", "n", "f1_95", "em_95"}}, and the same for "simple"
+    and "hard", or "coding" and "search", where rows say so or the file is a complete MAT benchmark in order. MAT-Coding
+    counts Chinese by characters; all others count words. f1_95 and em_95 are [low, high], 95 % percentile bootstrap
+    intervals over items, that is over ids where rows have one. All this is the released rule; what differs when its
+    defects are mended (see `reward.grade`) stands under "fair": {"all": …, …}, which is absent where nothing does.
     """
-    rows = {"all": [], "simple": [], "hard": []}
-    for number, row in enumerate(predictions, start=1):
-        golds = [row["gt"]] if isinstance(row["gt"], str) else row["gt"]
-        figures = [measure(row["pred_answer"], golds, benchmark == "mat-coding") for measure in (f1_score, exact_match)]
-        for name in {"all", _split(row, number, len(predictions), benchmark)} & set(rows):
-            rows[name].append(figures)
-    percent = {name: [round(100 * sum(column) / len(part), 2) for column in zip(*part, strict=True)]
-               for name, part in rows.items() if part}
-    return {name: {"f1": f1, "em": em, "n": len(rows[name])} for name, (f1, em) in percent.items()}
+    figures = (_grades(predictions, benchmark, fair) for fair in (False, True))
+    return _averages(*figures, _splits(predictions, benchmark), _items(predictions))
 
 
-def rescore(path: str | Path, benchmark: str) -> dict[str, dict[str, float]]:
+def compare(path_a: str | Path, path_b: str | Path, benchmark: str) -> dict[str, dict]:
+    """B - A of two files of predictions of the same items in one order: as `score`, but each figure is a paired difference.
+
+    An interval without 0 says that B is better, or worse, on such items. Raises ValueError as `rescore` does, and if the
+    files differ in their number of rows, or in a row's id (where both have one) or gt.
+    """
+    rows_a, rows_b = (_each(path, _read_rows(path), _prediction) for path in (path_a, path_b))
+    way_out = "compare predictions of the same items in one order"
+    for number, (a, b) in enumerate(zip(rows_a, rows_b), start=1):
+        for key in ("id", "gt"):
+            if key in a and key in b and _as_list(a[key]) != _as_list(b[key]):
+                raise ValueError(f"row {number}: {key} is {a[key]!r} in {path_a} and {b[key]!r} in {path_b}; {way_out}")
+    if len(rows_a) != len(rows_b):
+        raise ValueError(f"{path_a} has {len(rows_a)} rows and {path_b} {len(rows_b)}; {way_out}")
+    both = [{**b, **a} for a, b in zip(rows_a, rows_b, strict=True)]  # the split may stand in one of them only
+    differences = (_grades(rows_b, benchmark, fair) - _grades(rows_a, benchmark, fair) for fair in (False, True))
+    return _averages(*differences, _splits(both, benchmark), _items(both))
+
+
+def _as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def _grades(predictions, benchmark, fair):
+    """(n, 2) float: F1 and exact match of every row."""
+    answers = [None if row.get("error") else row["pred_answer"] for row in predictions]
+    return np.array([grade(answer, _as_list(row["gt"]), benchmark == "mat-coding", fair)
+                     for answer, row in zip(answers, predictions, strict=True)])
+
+
+def _splits(predictions, benchmark):
+    return [_split(row, number, len(predictions), benchmark) for number, row in enumerate(predictions, start=1)]
+
+
+def _items(predictions):
+    """(n,) int: the item of each row, by its id or else its place."""
+    places = {}
+    return np.array([places.setdefault(str(row.get("id", f"row {n}")), n) for n, row in enumerate(predictions)])
+
+
+def _averages(published, fair, splits, items):
+    """What `score` returns, of (n, 2) figures by either rule."""
+    chosen = {name: [name in ("all", split) for split in splits] for name in SPLITS}
+    parts, fair_parts = ({name: _average(figures[rows], items[rows]) for name, rows in chosen.items() if any(rows)}
+                         for figures in (published, fair))
+    differing = {name: part for name, part in fair_parts.items() if part != parts[name]}
+    return parts | ({"fair": differing} if differing else {})
+
+
+def _average(figures, items):
+    """Means of (n, 2) figures in percent, with the percentiles of their bootstrap over items.
+
+    A resample's mean depends only on how often it draws each distinct pair of figures, and these numbers are multinomial:
+    so they are drawn, not the items, which is the same law at a small part of the work.
+    """
+    _, item, samples = np.unique(items, return_inverse=True, return_counts=True)
+    per_item = np.stack([np.bincount(item, column) for column in figures.T], axis=1) / samples[:, None]  # (items, 2)
+    pairs, counts = np.unique(per_item, axis=0, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(per_item), counts / len(per_item), RESAMPLES)  # (RESAMPLES, pairs)
+    low_high = np.percentile(drawn @ pairs / len(per_item), [2.5, 97.5], axis=0)  # (2, 2)
+    f1, em, *bounds = (round(100 * value, 2) for value in (*figures.mean(axis=0).tolist(), *low_high.T.ravel().tolist()))
+    return {"f1": f1, "em": em, "n": len(figures), "f1_95": bounds[:2], "em_95": bounds[2:]}
+
+
+def rescore(path: str | Path, benchmark: str) -> dict[str, dict]:
     """`score` of a file of predictions, .json or .jsonl. Raises ValueError "file, row N: reason; way out"."""
     return score(_each(path, _read_rows(path), _prediction), benchmark)
 
 
 def _prediction(row, number):
     _golds(row, "gt", blank_allowed=True)
-    if not isinstance(row.get("pred_answer", 0), str | None):
+    if not row.get("error") and not isinstance(row.get("pred_answer", 0), str | None):
         raise ValueError(f"pred_answer must be a text, or null for no answer, got {row.get('pred_answer')!r}; add it")
     return row
 
@@ -348,6 +426,7 @@ class Arguments:
     image_folder: str | None = _option(None, "folder of the images, if not beside the tasks")
     output_dir: str = _option("runs/evaluate", "folder for predictions.json and scores.json")
     rescore: str | None = _option(None, "only score this file of predictions; needs --benchmark, no model")
+    compare: list[str] | None = _option(None, "only compare two files of predictions, A and B: B - A; needs --benchmark")
     limit: int | None = _option(None, "number of tasks to take from the start of the file")
     max_turns: int = _option(5, "turns an episode")
     max_new_tokens: int = _option(1024, "new tokens a turn; the paper's search evaluation takes 2048")
@@ -378,20 +457,34 @@ def _run(args):
                               batch_size=args.batch_size, prompt=args.prompt, output_dir=args.output_dir)
 
 
+def _table(scores, sign):
+    """A line a split, those of the fair rule last. sign: "+" for differences."""
+    rows = {**scores, **{f"fair {name}": part for name, part in scores.get("fair", {}).items()}}
+    lines = [f"{'split':<12}{'F1 %':>9}{'95 %':>18}{'EM %':>9}{'95 %':>18}{'n':>8}"]
+    for name, part in rows.items():
+        if name.removeprefix("fair ") in SPLITS:
+            figures = (f"{part[key]:{sign}9.2f}{part[key + '_95'][0]:{sign}9.2f},{part[key + '_95'][1]:{sign}8.2f}"
+                       for key in ("f1", "em"))
+            lines.append(f"{name:<12}{''.join(figures)}{part['n']:>8}")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, or 2 after a line "error: …" on standard error for what the user can mend."""
     parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
     try:
         args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-        if args.rescore and not args.benchmark:
-            raise ValueError("--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME")
-        scores = rescore(args.rescore, args.benchmark) if args.rescore else _run(args)
+        for name in ("rescore", "compare"):
+            if getattr(args, name) and not args.benchmark:
+                raise ValueError(f"--{name} needs --benchmark, as benchmarks score differently; add --benchmark NAME")
+        if args.compare and len(args.compare) != 2:
+            raise ValueError(f"--compare takes two files, got {len(args.compare)}; write --compare A.json B.json")
+        scores = (compare(*args.compare, args.benchmark) if args.compare else
+                  rescore(args.rescore, args.benchmark) if args.rescore else _run(args))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{'split':<7}{'F1 %':>8}{'EM %':>8}{'n':>7}")
-    for name, part in scores.items():
-        print(f"{name:<7}{part['f1']:>8.2f}{part['em']:>8.2f}{part['n']:>7}")
+    print(_table(scores, "+" if args.compare else ""))
     print(json.dumps(scores))
     return 0
 

@@ -6,10 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate import evaluate_tasks, load_tasks, rescore, score
+from evaluate import compare, evaluate_tasks, load_tasks, rescore, score
 from model import load_policy
 from rollout import Limits, Tools
 from tools import CodeTool, SearchTool
@@ -94,6 +95,11 @@ def test_a_family_in_the_row_wins_and_extra_fields_are_ignored(tmp_path):
 def test_the_offline_tasks_load():
     counts = {name: len(load_tasks(ROOT / "data" / "offline" / f"{name}.json")) for name in ("train", "heldout", "steps")}
     assert counts == {"train": 384, "heldout": 240, "steps": 928}
+
+
+def test_the_benchmark_offline_splits_by_family():
+    splits = [task["split"] for task in load_tasks(ROOT / "data" / "offline" / "heldout.json", "offline")]
+    assert (splits.count("coding"), splits.count("search"), len(splits)) == (144, 96, 240)
 
 
 @needs_golden
@@ -220,17 +226,49 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
 
 # ---------------------------------------------------------------- scores
 
+def part(f1, em, n, f1_95, em_95):
+    return {"f1": f1, "em": em, "n": n, "f1_95": f1_95, "em_95": em_95}
+
+
+def means(scores):
+    return {name: {key: figures[key] for key in ("f1", "em", "n")} for name, figures in scores.items() if name != "fair"}
+
+
 def test_score_is_in_percent_over_all_rows_unanswered_ones_included():
     rows = [{"pred_answer": "red car", "gt": "blue car"}, {"pred_answer": "dog", "gt": ["cat", "dog"]},
             {"pred_answer": None, "gt": "cat"}]
-    assert score(rows, "hotpotqa") == {"all": {"f1": 50.0, "em": 33.33, "n": 3}}
+    assert score(rows, "hotpotqa") == {"all": part(50.0, 33.33, 3, [0.0, 100.0], [0.0, 100.0])}  # all alike: 1 in 27 resamples
 
 
 def test_score_takes_the_splits_of_the_rows():
     rows = [{"pred_answer": "a1", "gt": "a1", "split": "simple"}, {"pred_answer": "x", "gt": "y", "split": "hard"},
             {"pred_answer": "x", "gt": "x", "split": "heldout"}]
-    assert score(rows) == {"all": {"f1": 66.67, "em": 66.67, "n": 3}, "simple": {"f1": 100.0, "em": 100.0, "n": 1},
-                           "hard": {"f1": 0.0, "em": 0.0, "n": 1}}
+    assert score(rows) == {"all": part(66.67, 66.67, 3, [0.0, 100.0], [0.0, 100.0]),
+                           "simple": part(100.0, 100.0, 1, [100.0, 100.0], [100.0, 100.0]),
+                           "hard": part(0.0, 0.0, 1, [0.0, 0.0], [0.0, 0.0])}
+
+
+def test_offline_tasks_score_by_family():
+    rows = [{"pred_answer": "x", "gt": "x", "split": "coding"}, {"pred_answer": "x", "gt": "y", "split": "search"}]
+    assert {name: figures["em"] for name, figures in score(rows, "offline").items()} == {"all": 50.0, "coding": 100.0,
+                                                                                         "search": 0.0}
+
+
+def test_a_failed_task_counts_as_no_answer(tmp_path):
+    rows = [{"pred_answer": "x", "gt": "x", "error": None}, {"pred_answer": "x", "gt": "x", "error": "no connection"},
+            {"gt": "x", "error": "no connection"}]
+    assert means(score(rows)) == {"all": {"f1": 33.33, "em": 33.33, "n": 3}}
+    assert rescore(write(tmp_path / "p.json", rows), "musique") == score(rows)
+
+
+def test_fair_figures_stand_beside_the_published_ones_where_they_differ_only():
+    broken = {"pred_answer": "FOOD DIRECTORY", "gt": [r"FOOD\nDIRECTORY"], "split": "hard"}
+    sound = {"pred_answer": "x", "gt": ["x"], "split": "simple"}
+    assert "fair" not in score([sound], "mat-coding")
+    scores = score([broken, sound], "mat-coding")
+    assert (scores["all"]["em"], scores["hard"]["em"], list(scores["fair"])) == (50.0, 0.0, ["all", "hard"])
+    assert scores["fair"] == {"all": part(100.0, 100.0, 2, [100.0, 100.0], [100.0, 100.0]),
+                              "hard": part(100.0, 100.0, 1, [100.0, 100.0], [100.0, 100.0])}
 
 
 def test_only_mat_coding_counts_characters():
@@ -240,16 +278,23 @@ def test_only_mat_coding_counts_characters():
 
 
 @needs_golden
-@pytest.mark.parametrize("name, benchmark, expected", [
+@pytest.mark.parametrize("name, benchmark, expected, fair", [
     ("mat_coding_3b", "mat-coding", {"all": {"f1": 35.9, "em": 22.5, "n": 200},
                                      "simple": {"f1": 49.78, "em": 40.0, "n": 70},
-                                     "hard": {"f1": 28.42, "em": 13.08, "n": 130}}),
+                                     "hard": {"f1": 28.42, "em": 13.08, "n": 130}},
+     {"all": {"f1": 38.93, "em": 24.5, "n": 200}, "simple": {"f1": 49.87, "em": 40.0, "n": 70},
+      "hard": {"f1": 33.03, "em": 16.15, "n": 130}}),
     ("mat_search_7b", "mat-search", {"all": {"f1": 63.77, "em": 55.33, "n": 150},
                                      "simple": {"f1": 71.78, "em": 66.67, "n": 75},
-                                     "hard": {"f1": 55.77, "em": 44.0, "n": 75}}),
+                                     "hard": {"f1": 55.77, "em": 44.0, "n": 75}}, {}),
 ])
-def test_published_predictions_rescore_to_the_published_figures(name, benchmark, expected):
-    assert rescore(GOLDEN / f"{name}.json", benchmark) == expected
+def test_published_predictions_rescore_to_the_published_figures(name, benchmark, expected, fair):
+    scores = rescore(GOLDEN / f"{name}.json", benchmark)
+    assert means(scores) == expected
+    assert means(scores.get("fair", {})) == fair
+    em, n = expected["all"]["em"], expected["all"]["n"]
+    half = 1.96 * (em * (100 - em) / n) ** 0.5  # of the normal interval
+    assert scores["all"]["em_95"] == pytest.approx([em - half, em + half], abs=1)
 
 
 @pytest.mark.parametrize("bad, reason", [
@@ -266,6 +311,89 @@ def test_a_bad_prediction_is_named(tmp_path, bad, reason):
     with pytest.raises(ValueError) as error:
         rescore(path, "mat-search")
     assert str(error.value) == f"{path}, row 2: {reason}"
+
+
+# ---------------------------------------------------------------- intervals, comparisons
+
+def coin_rows(hits):
+    """One row an item, right where hits says so."""
+    return [{"id": n, "pred_answer": "x" if hit else "z", "gt": ["x"]} for n, hit in enumerate(hits)]
+
+
+def test_the_interval_of_a_share_is_the_analytic_one():
+    figures = score(coin_rows(np.arange(1000) < 300))["all"]
+    half = 100 * 1.96 * (0.3 * 0.7 / 1000) ** 0.5  # normal: 2.84
+    assert figures["em_95"] == pytest.approx([30 - half, 30 + half], abs=0.3)  # resampled shares are multiples of 0.1
+
+
+def test_the_interval_of_ten_items_is_that_of_the_binomial():
+    """The bootstrap of a share is Binomial(10, 0.5) / 10: at most 1 has 1.1 %, at most 2 has 5.5 %; so 2 and, mirrored, 8."""
+    assert score(coin_rows([1, 0] * 5))["all"]["em_95"] == [20.0, 80.0]
+
+
+def test_the_interval_of_f1_is_that_of_resampling_the_items_themselves():
+    rng = np.random.default_rng(1)
+    rows = [{"pred_answer": " ".join("abcdefgh"[:k]), "gt": ["b c"]} for k in rng.integers(1, 9, 60)]
+    singles = np.array([score([row])["all"]["f1"] for row in rows])
+    expected = np.percentile(singles[rng.integers(0, 60, (20_000, 60))].mean(axis=1), [2.5, 97.5])
+    assert 5 < expected[1] - expected[0] < 40
+    assert score(rows)["all"]["f1_95"] == pytest.approx(expected, abs=0.5)  # a tenth of the standard error of 4, 4,000 draws
+
+
+def test_intervals_cover_the_truth_95_times_in_100():
+    rng = np.random.default_rng(2)
+    intervals = [score(coin_rows(rng.random(100) < 0.4))["all"]["em_95"] for _ in range(400)]
+    assert 0.91 < np.mean([low <= 40 <= high for low, high in intervals]) < 0.98  # 0.95 ± 3 · 0.011, a little less at n = 100
+
+
+def test_scores_repeat_and_do_not_depend_on_the_order_of_rows():
+    rows = coin_rows(np.random.default_rng(3).random(50) < 0.5)
+    assert score(rows) == score(rows) == score(rows[::-1])
+
+
+def test_samples_of_an_item_are_not_counted_as_items():
+    rows = coin_rows([1, 0] * 5)
+    copies = score([row for row in rows for _ in range(8)])["all"]
+    assert (copies["n"], copies["em"], copies["em_95"]) == (80, 50.0, [20.0, 80.0])
+
+
+def test_a_comparison_pairs_the_items(tmp_path):
+    """B is right where A is, and on 10 of 100 items more: unpaired intervals would overlap."""
+    hits = np.arange(100) < 50
+    a, b = (write(tmp_path / name, coin_rows(h)) for name, h in (("a.json", hits), ("b.json", hits | (np.arange(100) >= 90))))
+    for first, second, sign in ((a, b, 1), (b, a, -1)):
+        figures = compare(first, second, "2wiki")["all"]
+        assert (figures["f1"], figures["em"], figures["n"]) == (sign * 10.0, sign * 10.0, 100)
+        assert sorted(np.abs(figures["em_95"])) == pytest.approx([5, 16], abs=1.1)  # quantiles of Binomial(100, 0.1)
+    assert compare(a, a, "2wiki") == {"all": part(0.0, 0.0, 100, [0.0, 0.0], [0.0, 0.0])}
+
+
+def test_a_comparison_goes_by_split_and_tells_what_fair_scoring_changes(tmp_path):
+    a = [{"id": 1, "gt": [r"a1\nb"], "pred_answer": None}, {"id": 2, "gt": "c", "pred_answer": "c"}]
+    b = [{"id": 1, "gt": r"a1\nb", "pred_answer": "a1 b", "split": "hard"},
+         {"gt": ["c"], "pred_answer": "d", "split": "simple"}]
+    scores = compare(write(tmp_path / "a.json", a), write(tmp_path / "b.json", b), "mat-coding")
+    assert {name: figures["em"] for name, figures in scores.items() if name != "fair"} == {
+        "all": -50.0, "simple": -100.0, "hard": 0.0}
+    assert {name: figures["em"] for name, figures in scores["fair"].items()} == {"all": 0.0, "hard": 100.0}
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda rows: rows[1].update(id=7), "row 2: id is 1 in {a} and 7 in {b}; "),
+    (lambda rows: rows[1].update(gt=["y"]), "row 2: gt is ['x'] in {a} and ['y'] in {b}; "),
+    (lambda rows: rows.reverse(), "row 1: id is 0 in {a} and 2 in {b}; "),
+    (lambda rows: rows.pop(), "{a} has 3 rows and {b} 2; "),
+    (lambda rows: rows[2].pop("gt"), "{b}, row 3: gt must be one or more texts, got None; add \"gt\": [\"…\"]"),
+])
+def test_predictions_of_other_items_are_not_compared(tmp_path, change, reason):
+    rows = coin_rows([1, 0, 1])
+    a = write(tmp_path / "a.json", rows)
+    change(rows)
+    b = write(tmp_path / "b.json", rows)
+    with pytest.raises(ValueError) as error:
+        compare(a, b, "2wiki")
+    way_out = "compare predictions of the same items in one order" if reason.endswith("; ") else ""
+    assert str(error.value) == reason.format(a=a, b=b) + way_out
 
 
 # ---------------------------------------------------------------- rollouts
@@ -306,14 +434,28 @@ def run(*args):
 
 
 def test_rescoring_20000_predictions_ends_with_one_json_object(tmp_path):
-    rows = [{"id": i, "pred_answer": f"the red car {i}", "gt": ["blue car", f"red car {i}"]} for i in range(20_000)]
+    words = "the president of a small republic in South America, elected 1999".split()
+    rows = [{"id": i, "pred_answer": " ".join(words[i % 7:] + [str(i)]), "split": "all",
+             "gt": [" ".join(words[i % 5:]), " ".join(words[i % 7:] + [str(i + i % 2)])]} for i in range(20_000)]
     path = write(tmp_path / "p.json", rows)
     start = time.perf_counter()
     result = run("--rescore", path, "--benchmark", "2wiki")
     seconds = time.perf_counter() - start
     assert (result.returncode, result.stderr) == (0, "")
-    assert json.loads(result.stdout.splitlines()[-1]) == {"all": {"f1": 100.0, "em": 100.0, "n": 20000}}
-    assert seconds < 10  # 2 s on a quiet core
+    scores = json.loads(result.stdout.splitlines()[-1])
+    assert scores["all"]["em_95"][0] < scores["all"]["em"] == 50.0 < scores["all"]["em_95"][1]
+    assert seconds < 10  # 1.3 s on a quiet core
+
+
+def test_the_table_has_the_intervals_and_the_fair_rows(tmp_path):
+    rows = [{"pred_answer": "FOOD DIRECTORY", "gt": [r"FOOD\nDIRECTORY"]}]
+    a, b = write(tmp_path / "a.json", [{**rows[0], "pred_answer": None}]), write(tmp_path / "b.json", rows)
+    for args, sign in ((("--rescore", b), ""), (("--compare", a, b), "+")):
+        *table, last = run(*args, "--benchmark", "mat-coding").stdout.splitlines()
+        assert [line.replace(",", " ").split() for line in table] == [
+            ["split", "F1", "%", "95", "%", "EM", "%", "95", "%", "n"],
+            ["all", *[f"{sign}0.00"] * 6, "1"], ["fair", "all", *[f"{sign}100.00"] * 6, "1"]]
+        assert list(json.loads(last)) == ["all", "fair"]
 
 
 def test_rescoring_does_not_load_torch(tmp_path):
@@ -328,6 +470,9 @@ def test_rescoring_does_not_load_torch(tmp_path):
     ([], "give --model, --tasks and a --batch_size of at least 1; or --rescore FILE --benchmark NAME"),
     (["--model", "m", "--tasks", "absent.json"], "absent.json: no such file; give the path of a .json or .jsonl file"),
     (["--rescore", "p.json"], "--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME"),
+    (["--compare", "a.json", "b.json"],
+     "--compare needs --benchmark, as benchmarks score differently; add --benchmark NAME"),
+    (["--compare", "a.json", "--benchmark", "2wiki"], "--compare takes two files, got 1; write --compare A.json B.json"),
     (["--rescore", "absent.json", "--benchmark", "2wiki"],
      "absent.json: no such file; give the path of a .json or .jsonl file"),
     (["--nonsense", "1"], "Some specified arguments are not used by the HfArgumentParser: ['--nonsense', '1']"),
