@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -277,7 +277,7 @@ class ChatModel:
                 return self._ask({"model": self.model, "messages": messages, **parameters}, min(self._timeout, left))
             except RequestFailed as error:
                 failure = error
-            kind, why = str(failure), self._clean(_error_message(failure.detail))
+            kind, why = str(failure), self._message(failure.detail)
             if kind in HOPELESS or "insufficient_quota" in failure.detail:
                 raise ApiRefused(f"{self.url} answers {kind} for model {self.model} ({why}); check --api (it ends in /v1 as a "
                                  "rule), --model and OPENAI_API_KEY") from None
@@ -288,7 +288,7 @@ class ChatModel:
             if time.monotonic() + wait >= give_up:  # also where it is inf: another try could not help
                 raise ApiFailed(f"{kind}: {why}" if failure.retry_after == float("inf") and why else kind) from failure
             if not self._warned and wait:
-                self._warned, cause = True, _error_message(str(failure.__cause__ or why))
+                self._warned, cause = True, self._message(str(failure.__cause__ or why))
                 print(f"{self.url}: {kind} ({cause}); asks again, for up to {self._patience:g} s a reply", file=sys.stderr)
             time.sleep(wait)
 
@@ -314,8 +314,17 @@ class ChatModel:
         text = text.encode("utf-8", "replace").decode()
         return text.replace(self._key, "[key]") if len(self._key) >= 16 else text
 
+    def _message(self, body):
+        """What the body of an error says, as one line of at most 300 characters that a terminal can show."""
+        with suppress(ValueError, AttributeError, RecursionError):  # no JSON, or of another shape: taken as it is
+            reply = json.loads(body)
+            error = reply.get("error") or reply  # OpenAI; vLLM
+            body = str(error.get("message") or body)
+        text = self._clean(body)[:1000]
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+
     def _adapt(self, sent, why):
-        """Whether the parameters have changed since `sent`, because `why`, or another thread's, says that one is unsupported."""
+        """Whether the parameters have changed since `sent`: because of `why`, or of what another thread was told."""
         with self._lock:
             known, unsupported = dict(self.parameters), re.search("unsupported|not support", why, re.IGNORECASE)
             if unsupported and "max_tokens" in known and "max_tokens" in why:
@@ -343,17 +352,6 @@ def _token_count(reply, path):
     for key in ("usage", *path):
         reply = reply.get(key) if isinstance(reply, dict) else None
     return reply if type(reply) is int and 0 <= reply < 1 << 31 else 0
-
-
-def _error_message(body):
-    """What the body of an error says, as one line of at most 300 characters that a terminal can show."""
-    try:
-        reply = json.loads(body)
-        error = reply.get("error") or reply  # OpenAI; vLLM
-        body = str(error.get("message") or body)
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    return " ".join("".join(c if c.isprintable() else " " for c in body[:1000]).split())[:300]
 
 
 def chat_messages(rollout) -> list[dict]:

@@ -770,7 +770,7 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
 def _retry_after(wait):
     """Seconds, which a server may also give as a date; None if it is neither."""
     if wait.isascii() and wait.isdigit():
-        return float(wait)
+        return min(float(wait), 1e9)  # inf would mean never
     with suppress(ValueError, TypeError, LookupError, OverflowError):
         return max(0.0, parsedate_to_datetime(wait).timestamp() - time.time())
 
