@@ -11,19 +11,25 @@ Left out on purpose: sampling and votes (greedy decoding draws no random numbers
 command line (`evaluate_policy`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
 replacing the crop box in the model's code by the one in the question.
 """
+import base64
 import fcntl
+import io
 import json
 import math
 import os
+import random
+import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -34,7 +40,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from reward import exact_match, grade
-from tools import CodeTool, SearchTool
+from tools import CodeTool, RequestFailed, SearchTool, fetch, split_address
 
 Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle", "offline"]
 SIMPLE_FIRST = {"mat-coding": (70, 200), "mat-search": (75, 150)}  # the first n of N tasks are simple, the rest hard
@@ -272,6 +278,182 @@ def _prediction(row, number):
     if not row.get("error") and not isinstance(row.get("pred_answer", 0), str | None):
         raise ValueError(f"pred_answer must be a text, or null for no answer, got {row.get('pred_answer')!r}; add it")
     return row
+
+
+HOPELESS = ("http_301", "http_302", "http_303", "http_307", "http_308", "http_401", "http_402", "http_403", "http_404")
+TOKEN_COUNTS = {"prompt_tokens": ("prompt_tokens",), "completion_tokens": ("completion_tokens",),
+                "cached_tokens": ("prompt_tokens_details", "cached_tokens"),  # these two are parts of those above
+                "reasoning_tokens": ("completion_tokens_details", "reasoning_tokens")}
+
+
+class ApiRefused(ValueError):
+    """No request of this run can succeed: wrong address, model or key, or no credit. The message names the way out."""
+
+
+class ApiFailed(Exception):
+    """One reply could not be had. The message is its kind: timeout, unreachable, bad_reply, http_500, "http_400: …"."""
+
+
+class ChatModel:
+    """A model behind an endpoint of OpenAI's protocol at `url`, "http://HOST:PORT/v1". Threads may share it.
+
+    max_new_tokens bounds a turn, what a reasoning model thinks included; temperature 0 is greedy. `timeout` is for one
+    request, `patience` for all tries of one reply, waits included; `backoff` is the first wait; all in seconds. A key is read
+    from OPENAI_API_KEY, sent to `url` and nowhere else (no redirect is followed), and never shown. Proxies are not used.
+
+    What may pass is asked again, with doubled waits or as Retry-After says: timeouts, connections that fail, replies that are
+    cut or of another shape, and the statuses 408, 409, 429 and 5xx. Reasoning models refuse max_tokens and temperature: where
+    status 400 says that one is unsupported, the run goes on with max_completion_tokens, or without a temperature.
+    `parameters` are those in use. Raises ValueError for what cannot work.
+    """
+
+    def __init__(self, url: str, model: str, *, max_new_tokens: int = 1024, temperature: float = 0.0,
+                 timeout: float = 300.0, patience: float = 600.0, backoff: float = 0.5):
+        try:
+            parts = split_address(url)
+        except ValueError as error:
+            raise ValueError(f"--api: {error}; give http://HOST:PORT/v1") from None
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if parts.username is not None or parts.query:
+            raise ValueError("--api takes no user, key or query in its address; a key belongs in OPENAI_API_KEY")
+        if not self._key.isascii() or not self._key.isprintable():
+            raise ValueError("OPENAI_API_KEY has characters that no key has; set it again")
+        if not self._key and parts.hostname == "api.openai.com":
+            raise ValueError(f"{url} needs a key; set the environment variable OPENAI_API_KEY")
+        if not model or min(max_new_tokens, timeout, patience) <= 0:
+            raise ValueError("--api needs the name of a --model, and tokens and seconds above 0")
+        self.url, self.model, self._timeout, self._patience, self._backoff = url, model, timeout, patience, backoff
+        self.parameters = {"max_tokens": max_new_tokens, "temperature": temperature}
+        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._usage = Counter(dict.fromkeys(("requests", "retries", "uncounted", *TOKEN_COUNTS), 0))
+        self._lock, self._warned = threading.Lock(), False
+
+    @property
+    def usage(self) -> Counter:
+        """Totals so far: requests, of them retries and uncounted (replies without a count of tokens), and TOKEN_COUNTS."""
+        with self._lock:
+            return Counter(self._usage)
+
+    def cost(self, prices: tuple[float, float] | None) -> float | None:
+        """Dollars so far, by the prices of a million prompt and completion tokens; None without prices.
+
+        Cached tokens are taken at the full price; what an endpoint charges for requests that failed is not known here.
+        """
+        usage = self.usage
+        return prices and (usage["prompt_tokens"] * prices[0] + usage["completion_tokens"] * prices[1]) / 1e6
+
+    def reply(self, rollout) -> tuple[str, bool]:
+        """The next turn of a `rollout.Rollout`, and whether it is whole: False where max_new_tokens cut it off.
+
+        A refusal is an empty text. Raises ApiFailed for this reply, ApiRefused for the whole run.
+        """
+        messages, give_up = chat_messages(rollout), time.monotonic() + self._patience
+        for attempt in count():
+            parameters, left = self.parameters, give_up - time.monotonic()
+            self._count(requests=1, retries=int(attempt > 0))
+            try:
+                return self._ask({"model": self.model, "messages": messages, **parameters}, min(self._timeout, left))
+            except RequestFailed as error:
+                failure = error
+            kind, why = str(failure), self._message(failure.detail)
+            if kind in HOPELESS or "insufficient_quota" in failure.detail:
+                raise ApiRefused(f"{self.url} answers {kind} for model {self.model} ({why}); check --api (it ends in /v1 as a "
+                                 "rule), --model and OPENAI_API_KEY") from None
+            wait = max(failure.retry_after or 0.0, self._backoff * 2 ** min(attempt, 6))
+            wait *= random.SystemRandom().uniform(1.0, 1.5)  # threads that fail together do not come back together
+            if kind == "http_400" and self._adapt(parameters, why):
+                wait = 0.0
+            if time.monotonic() + wait >= give_up:  # also where it is inf: another try could not help
+                raise ApiFailed(f"{kind}: {why}" if failure.retry_after == float("inf") and why else kind) from failure
+            if not self._warned and wait:
+                self._warned, cause = True, self._message(str(failure.__cause__ or why))
+                print(f"{self.url}: {kind} ({cause}); asks again, for up to {self._patience:g} s a reply", file=sys.stderr)
+            time.sleep(wait)
+
+    def _ask(self, payload, seconds):
+        """(text, whole) of one request."""
+        body, _ = fetch(self.url.rstrip("/") + "/chat/completions", payload, self._headers, seconds=seconds)
+        try:
+            reply = json.loads(body)
+            counts = {name: _token_count(reply, path) for name, path in TOKEN_COUNTS.items()}
+            self._count(uncounted=counts["prompt_tokens"] == 0, **counts)
+            choice = reply["choices"][0]
+            text, whole = choice["message"].get("content"), choice.get("finish_reason") != "length"
+            return self._clean("" if text is None else text), whole
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or of another shape
+            raise RequestFailed("bad_reply", None) from None
+
+    def _count(self, **counts):
+        with self._lock:
+            self._usage.update(counts)
+
+    def _clean(self, text):
+        """No half surrogate pairs, and not our key, should a server send it back; a short one is a placeholder like EMPTY."""
+        text = text.encode("utf-8", "replace").decode()
+        return text.replace(self._key, "[key]") if len(self._key) >= 16 else text
+
+    def _message(self, body):
+        """What the body of an error says, as one line of at most 300 characters that a terminal can show."""
+        with suppress(ValueError, AttributeError, RecursionError):  # no JSON, or of another shape: taken as it is
+            reply = json.loads(body)
+            error = reply.get("error") or reply  # OpenAI; vLLM
+            body = str(error.get("message") or body)
+        text = self._clean(body)[:1000]
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+
+    def _adapt(self, sent, why):
+        """Whether the parameters have changed since `sent`: because of `why`, or of what another thread was told."""
+        with self._lock:
+            known, unsupported = dict(self.parameters), re.search("unsupported|not support", why, re.IGNORECASE)
+            if unsupported and "max_tokens" in known and "max_tokens" in why:
+                known["max_completion_tokens"] = known.pop("max_tokens")
+            if unsupported and "temperature" in known and "temperature" in why:
+                del known["temperature"]
+            if known != self.parameters:
+                print(f"{self.url}: {why}; going on with {known}", file=sys.stderr)
+            self.parameters = known
+            return known != sent
+
+
+def read_prices(text: str | None) -> tuple[float, float] | None:
+    """"2.5,10": dollars for a million prompt and completion tokens. Raises ValueError for anything else."""
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?,[0-9]+(\.[0-9]+)?", text):
+        raise ValueError(f"--api_prices {text!r} are no prices; give those of a million prompt and completion tokens: 2.5,10")
+    prompt, completion = map(float, text.split(","))
+    return prompt, completion
+
+
+def _token_count(reply, path):
+    """A count of a reply's usage; 0 where there is none, or no sane one."""
+    for key in ("usage", *path):
+        reply = reply.get(key) if isinstance(reply, dict) else None
+    return reply if type(reply) is int and 0 <= reply < 1 << 31 else 0
+
+
+def chat_messages(rollout) -> list[dict]:
+    """A rollout as messages of OpenAI's chat protocol, turn for turn what a local model sees; images are PNG data URLs.
+
+    There is no system message: the paper's models are asked without one, so that the chat template puts in its own, for a
+    local model as for the same one behind vLLM. Images go in full size; the server fits them to its model.
+    """
+    shown = rollout.pictures[0] if rollout.task["image"] is not None else None
+    messages = [_user_message(rollout.opening, shown)]
+    for turn in rollout.turns:
+        messages.append({"role": "assistant", "content": turn.text})
+        if turn.observation is not None:
+            messages.append(_user_message(turn.observation, turn.result and turn.result.image))
+    return messages
+
+
+def _user_message(text, image):
+    if image is None:
+        return {"role": "user", "content": text}
+    data = io.BytesIO()
+    image.save(data, "PNG", compress_level=1)
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}
 
 
 def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str | None = None, batch_size: int = 8,

@@ -99,6 +99,7 @@ class Rollout:
     turns: list[Turn] = field(default_factory=list)
     stop: str | None = None  # answer | turns | length | images | invalid; None while it lives
     answer: str | None = None  # of the last turn, None if none was given
+    opening: str = ""  # the text of the prompt: question and instructions
 
 
 @dataclass
@@ -167,12 +168,13 @@ def _play(policy, rollouts, tools, limits, sampler, interrupted, seconds):
 def _open(policy, task, limits, group_size, prompt):
     """group_size fresh rollouts of one task."""
     picture, image = (None, None) if task["image"] is None else _load_image(policy, task["image"])
-    ids = encode_prompt(policy, task["question"] + PROMPTS[prompt][task["family"]], image)
+    opening = task["question"] + PROMPTS[prompt][task["family"]]
+    ids = encode_prompt(policy, opening, image)
     if len(ids) + limits.max_new_tokens > limits.max_tokens:
         raise ValueError(f"task {task['id']}: its prompt has {len(ids)} tokens and leaves no room for a turn of "
                          f"{limits.max_new_tokens} within {limits.max_tokens}; raise --max_tokens or lower --max_pixels")
     pictures, images = ([], []) if image is None else ([picture], [image])
-    return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images), list(pictures))
+    return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images), list(pictures), opening=opening)
             for _ in range(group_size)]
 
 

@@ -56,6 +56,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from html import unescape
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from itertools import accumulate, count
@@ -508,12 +509,13 @@ MAX_PASSAGE = 1_200  # characters of a passage that the model reads
 PAGE_PASSAGE = 600  # characters of a passage of a page
 
 
-class SearchFailed(Exception):
-    """The message is a short kind for the metrics. `retry_after`: seconds, None for our own backoff, inf for never."""
+class RequestFailed(Exception):
+    """The message is a short kind for the metrics. `retry_after`: seconds, None for our own backoff, inf for never.
+    `detail`: how the body of an error begins, hostile text."""
 
-    def __init__(self, kind: str, retry_after: float | None = float("inf")):
+    def __init__(self, kind: str, retry_after: float | None = float("inf"), detail: str = ""):
         super().__init__(kind)
-        self.retry_after = retry_after
+        self.retry_after, self.detail = retry_after, detail
 
 
 ACCENTS = re.compile("[\u0300-\u036f]+")
@@ -569,7 +571,7 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
 
 def open_retrieval(url: str) -> Callable[[str, int], Passages]:
     """A retrieval server with Search-R1's protocol at `http(s)://…/retrieve`. (query, topk) -> passages."""
-    _split(url)
+    split_address(url)
 
     def search(query: str, topk: int) -> Passages:
         reply = json.loads(fetch(url, {"queries": [query], "topk": topk, "return_scores": True})[0])
@@ -584,7 +586,7 @@ def open_serper(address: str) -> Callable[[str, int], Passages]:
     ValueError without a key in the environment variable SERPER_API_KEY: it stands nowhere else.
     """
     key, url = os.environ.get("SERPER_API_KEY", "").strip(), address.partition(":")[2] or "https://google.serper.dev/search"
-    _split(url)
+    split_address(url)
     if not key or not key.isascii() or not key.isprintable():
         raise ValueError("the search backend serper needs a key in the environment variable SERPER_API_KEY")
 
@@ -642,7 +644,7 @@ class SearchTool:
             return ToolResult(False, "The query is empty.", None, "empty_query", 0.0)
         try:
             passages = self._look_up(query, give_up)
-        except SearchFailed as failure:
+        except RequestFailed as failure:
             return ToolResult(False, f"The search failed: {failure}.", None, str(failure), time.monotonic() - started)
         text = " ".join(f"{rank}. Content: {_shorten(passage)}" for rank, passage in enumerate(passages, start=1))
         error = None if passages else "no_results"
@@ -663,20 +665,20 @@ class SearchTool:
         return passages
 
     def _ask_patiently(self, query: str, give_up: float) -> Passages:
-        failure = SearchFailed("timeout")  # of those whose turn comes too late
+        failure = RequestFailed("timeout")  # of those whose turn comes too late
         for attempt in count():
             if time.monotonic() > give_up:
                 raise failure
             with self._lock:
                 if self._budget is not None and self._sent >= self._budget:
                     self.spent = True
-                    raise SearchFailed("budget")
+                    raise RequestFailed("budget")
                 self._sent += 1
             try:
                 return self._ask(query, self.topk)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or of another shape
-                failure = SearchFailed("bad_reply", None)
-            except SearchFailed as error:
+                failure = RequestFailed("bad_reply", None)
+            except RequestFailed as error:
                 failure = error
             wait = max(failure.retry_after or 0.0, 0.5 * 2 ** attempt)
             wait *= random.SystemRandom().uniform(1.0, 1.5)  # ranks that fail together do not come back together
@@ -688,7 +690,7 @@ class SearchTool:
         """The snippets and the passages of the first pages, nearest first: by distinct words shared, rare ones count more."""
         rows = [text for text, _ in found]
         for _, link in found[:self._pages]:
-            with suppress(SearchFailed):  # its snippet is there in any case
+            with suppress(RequestFailed):  # its snippet is there in any case
                 text, kind = fetch(link, public=True)
                 text = " ".join((page_text(text) if kind == "html" else text).split())
                 rows += re.findall(rf".{{1,{PAGE_PASSAGE}}}(?!\S)|.{{{PAGE_PASSAGE}}}", text)  # some scripts have no spaces
@@ -714,13 +716,16 @@ def _shorten(text: str) -> str:
 
 
 # ---- the network, where everything may be slow, endless, broken or hostile
-def fetch(url: str, payload: dict | None = None, headers: dict | None = None, public: bool = False) -> tuple[str, str]:
-    """GET, or POST of a payload as JSON -> (text, "html" or another kind). SearchFailed beyond MAX_BODY or FETCH_SECONDS.
+def fetch(url: str, payload: dict | None = None, headers: dict | None = None, public: bool = False,
+          seconds: float | None = None) -> tuple[str, str]:
+    """GET, or POST of a payload as JSON -> (text, "html" or another kind). RequestFailed beyond MAX_BODY, or beyond
+    `seconds` (default: FETCH_SECONDS), by whatever a server does.
 
     `public` is for addresses that search results name: each one connected to must be of the public internet, also after a
     redirect, and text must come back. Otherwise no redirect is followed: the headers may hold a key.
     """
-    deadline, sockets = time.monotonic() + FETCH_SECONDS, []
+    seconds = FETCH_SECONDS if seconds is None else max(seconds, 0.001)
+    deadline, sockets = time.monotonic() + seconds, []
 
     def connect(address, timeout, _source):
         sock = socket.create_connection(_public_address(*address) if public else address, timeout)
@@ -734,7 +739,7 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    timer = threading.Timer(FETCH_SECONDS, hang_up)
+    timer = threading.Timer(seconds, hang_up)
     timer.start()
     try:
         for _ in range(5 if public else 1):
@@ -743,10 +748,9 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
                 break
             url = urljoin(url, head.get("Location", ""))
         if status != 200:
-            wait = head.get("Retry-After", "")
-            passes = status in (408, 429) or status >= 500
-            seconds = float(wait) if wait.isascii() and wait.isdigit() else None
-            raise SearchFailed(f"http_{status}", seconds if passes else float("inf"))
+            passes = status in (408, 409, 429) or status >= 500
+            wait = _retry_after(head.get("Retry-After", "")) if passes else float("inf")
+            raise RequestFailed(f"http_{status}", wait, body[:MAX_TEXT].decode("utf-8", "replace"))
         charset = head.get_content_charset("utf-8")  # of a text: Python knows others too, some of which take for ever
         known = re.match(r"utf-?(8|16|32)|iso|windows|cp|gb|big5|euc|shift|koi8|(us-)?ascii|latin", charset)
         if len(body) > MAX_BODY or time.monotonic() >= deadline or not known or "Content-Encoding" in head or (
@@ -756,23 +760,33 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
     except (OSError, HTTPException, LookupError, ValueError) as error:
         kind = "unreachable" if isinstance(error, OSError) else "bad_reply"
         late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
-        raise SearchFailed("timeout" if late else kind, None) from error
+        raise RequestFailed("timeout" if late else kind, None) from error
     finally:
         timer.cancel()
         for sock in sockets:
             sock.close()
 
 
+def _retry_after(wait):
+    """Seconds, which a server may also give as a date; None if it is neither."""
+    if wait.isascii() and wait.isdigit():
+        return min(float(wait), 1e9)  # inf would mean never
+    with suppress(ValueError, TypeError, LookupError, OverflowError):
+        return max(0.0, parsedate_to_datetime(wait).timestamp() - time.time())
+
+
 def _exchange(url, payload, headers, connect, deadline):
     """(status, headers, body) of one request; `connect` opens its socket."""
-    parts = _split(url)
+    parts = split_address(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     with closing(kind(parts.hostname, parts.port, timeout=max(deadline - time.monotonic(), 0.001))) as connection:
         connection._create_connection = connect
         data = None if payload is None else json.dumps(payload).encode()
         path = quote(parts._replace(scheme="", netloc="", fragment="").geturl() or "/", safe="%/:=&?~+!$,;'@()*[]")
         headers = {"User-Agent": "visual-arft", **({"Content-Type": "application/json"} if data else {}), **headers}
-        connection.request("POST" if data else "GET", path, data, headers)
+        connection.connect()
+        with suppress(ConnectionError):  # who refuses a long payload may answer and hang up before its end
+            connection.request("POST" if data else "GET", path, data, headers)
         response, body = connection.getresponse(), bytearray()
         while len(body) <= MAX_BODY and (part := response.read1(1 << 16)):  # read() believes what a chunk says of its length
             body += part
@@ -781,7 +795,8 @@ def _exchange(url, payload, headers, connect, deadline):
         return response.status, response.headers, bytes(body)
 
 
-def _split(url: str) -> SplitResult:
+def split_address(url: str) -> SplitResult:
+    """The parts of an address of a web server; ValueError if it is none."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # .port raises a ValueError by itself
         raise ValueError(f"no address of a web server: {url!r}")

@@ -1,0 +1,498 @@
+"""A model behind an API: what it is sent is what a local model sees, every fault is ridden out or named, the key stays secret.
+
+The endpoint is a real server on the loopback interface, tests/chat_server.py.
+"""
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from chat_server import FAULTS, QUICK, ChatServer, completion, parts, refuse, send, stand_in
+from PIL import Image, ImageChops, ImageOps
+
+import tools
+from evaluate import ApiFailed, ApiRefused, ChatModel, chat_messages, load_tasks, read_prices
+from model import encode_text
+from rollout import PROMPTS, Limits, Rollout, Tools, Turn, roll_out
+from tools import Action, CodeTool, SearchTool, ToolResult
+
+ROOT = Path(__file__).parent.parent
+SLACK = 2.0  # seconds that a busy machine may add
+KEY = "sk-key-0123456789abcdef"
+ANSWER = "<think> It is C. </think> <answer> C </answer>"
+QUESTION = Rollout({"image": None}, [], [], [], opening="Which letter?")
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def ask(faults=(), reply=ANSWER, rollout=QUESTION, **options):
+    """(what `ChatModel.reply` returns or raises, the model, the server that had these faults)."""
+    with ChatServer(lambda messages: reply, faults) as server:
+        chat = ChatModel(server.url, "any", **{"backoff": 0.01, "timeout": 10.0, "patience": 10.0, **options})
+        try:
+            return chat.reply(rollout), chat, server
+        except (ApiFailed, ApiRefused) as error:
+            return error, chat, server
+
+
+# ---- what is sent --------------------------------------------------------------------------------------------------
+
+CHAIN = ["<think> It is dark. </think> <problem> {'dark'} </problem>",
+         "<think> I turn it. </think> <code>\nresult = image.transpose(2)  # by 90 degrees\n</code>",
+         "<think> Now this fails. </think> <code> fail </code>",
+         "<think> I look it up. </think> <search> seal of Italy </search>",
+         "<think> I know it. </think> <answer> C </answer>"]
+
+
+@pytest.mark.parametrize("prompt", ["short", "full"])
+@pytest.mark.parametrize("has_image", [True, False])
+def test_an_endpoint_is_shown_what_the_local_model_sees(policy, image, prompt, has_image):
+    """Five turns with live tools; before each, the messages, put through the local model's template, are its tokens so far."""
+    special = "<|im_end|> <|image_pad|> </think>"  # text of others that must stay text
+    task = {"id": 1, "family": "coding", "question": f"Which letter? {special}", "image": image if has_image else None}
+    seen_locally = []
+    with CodeTool(workers=1) as code, ChatServer(lambda messages: CHAIN[len(messages) // 2]) as server:
+        chat = ChatModel(server.url, "any", max_new_tokens=99)
+
+        def sampler(live):
+            seen_locally.append(list(live[0].ids))
+            text, whole = chat.reply(live[0])
+            assert whole
+            return [(encode_text(policy, text) + [policy.end_id], [0.0] * (len(encode_text(policy, text)) + 1))]
+        search = SearchTool(f"sqlite:{ROOT}/data/offline/corpus.sqlite")
+        (rollout,), _ = roll_out(policy, [task], Tools(code, search), Limits(5, 99, 8192), prompt=prompt, sampler=sampler)
+    assert (rollout.stop, rollout.answer, [turn.text for turn in rollout.turns]) == ("answer", "C", CHAIN)
+    assert rollout.opening == task["question"] + PROMPTS[prompt]["coding"]
+    for request, ids in zip(server.seen, seen_locally, strict=True):
+        sent, local = request.body["messages"], policy.tokenizer.decode(ids)
+        assert sent == server.seen[-1].body["messages"][:len(sent)]
+        assert rendered(policy, sent) == re.sub(r"(<\|image_pad\|>)+(?=<\|vision_end\|>)", r"\1", local)
+
+    messages = server.seen[-1].body["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 4 + ["user"]
+    assert [message["content"] for message in messages[1::2]] == CHAIN[:4]
+    (opening, first), tip, (ready, second), error, found = (parts(message) for message in messages[::2])
+    assert opening == rollout.opening and (first is not None) == has_image
+    assert (tip, ready) == (("Write the code.", None), "The processed image.")
+    assert error == ("Error: line 1: NameError: name 'fail' is not defined", None)
+    assert re.fullmatch(r"<information> .*wolf.* </information>", found[0]) and found[1] is None
+    shown = [first, second] if has_image else [second]
+    assert len(shown) == len(rollout.pictures)
+    assert all(ImageChops.difference(*pair).getbbox() is None and pair[0].mode == "RGB"
+               for pair in zip(shown, rollout.pictures, strict=True))
+    assert second.size == ((30, 40) if has_image else (28, 28))
+
+
+def rendered(policy, messages):
+    """The text that a server with the local model's chat template makes of messages."""
+    def content(message):
+        if isinstance(message["content"], str):
+            return message["content"]
+        return [{"type": "image"} if part["type"] == "image_url" else part for part in message["content"]]
+    return policy.tokenizer.apply_chat_template([{**message, "content": content(message)} for message in messages],
+                                                tokenize=False, add_generation_prompt=True)
+
+
+def test_the_exact_json_of_a_request(image):
+    rollout = Rollout({"image": "a.png"}, [], [], [], opening="Which letter?", pictures=[image], turns=[
+        Turn("I turn it.", Action("code", "…"), ToolResult(True, "", image.rotate(180), None, 0.1), "The processed image."),
+        Turn("Again.", Action("code", "…"), ToolResult(True, "", image, None, 0.1), None)])  # had no room for an observation
+    _, _, server = ask(rollout=rollout, max_new_tokens=77, temperature=0.5)
+    [request] = server.seen
+    first, second = (message["content"][0]["image_url"]["url"] for message in request.body["messages"][:3:2])
+    assert (request.path, request.headers["content-type"]) == ("/v1/chat/completions", "application/json")
+    assert request.body == {"model": "any", "max_tokens": 77, "temperature": 0.5, "messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": first}},
+                                     {"type": "text", "text": "Which letter?"}]},
+        {"role": "assistant", "content": "I turn it."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": second}},
+                                     {"type": "text", "text": "The processed image."}]},
+        {"role": "assistant", "content": "Again."}]}
+    for message, picture in zip(request.body["messages"][:3:2], (image, image.rotate(180)), strict=True):
+        assert ImageChops.difference(parts(message)[1], picture).getbbox() is None
+
+
+# ---- replies -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("body, expected", [
+    (completion("C"), ("C", True)), (completion("C", "length"), ("C", False)), (completion("", "length"), ("", False)),
+    (completion(None, "tool_calls"), ("", True)), (completion("C", None), ("C", True)),
+    ({"choices": [{"message": {"content": "C"}}]}, ("C", True)), ({"choices": [{"message": {}}]}, ("", True)),
+    (completion("\ud83d 猫 <|im_end|>\x1b[2J"), ("? 猫 <|im_end|>\x1b[2J", True))])
+def test_a_reply_is_its_text_and_whether_it_is_whole(body, expected):
+    assert ask(reply=body)[0] == expected
+
+
+@pytest.mark.parametrize("usage, expected", [
+    ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}, (7, 5, 0, 0, 0)),
+    ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2},
+      "completion_tokens_details": {"reasoning_tokens": 3}}, (7, 5, 2, 3, 0)),
+    ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": None, "completion_tokens_details": 1},
+     (7, 5, 0, 0, 0)),
+    ({"prompt_tokens": -7, "completion_tokens": "5"}, (0, 0, 0, 0, 1)),
+    ({"prompt_tokens": 1e9, "completion_tokens": float("nan")}, (0, 0, 0, 0, 1)),
+    ({"prompt_tokens": True, "completion_tokens": 10 ** 400}, (0, 0, 0, 0, 1)), ({}, (0, 0, 0, 0, 1)), (None, (0, 0, 0, 0, 1)),
+    (7, (0, 0, 0, 0, 1)), ([], (0, 0, 0, 0, 1))], ids=repr)
+def test_tokens_are_counted_where_the_endpoint_counts_them(usage, expected):
+    reply, chat, _ = ask(reply={**completion("C"), "usage": usage})
+    assert reply == ("C", True)
+    names = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "uncounted")
+    assert chat.usage == {"requests": 1, "retries": 0, **dict(zip(names, expected, strict=True))}
+
+
+def test_what_it_costs():
+    _, chat, _ = ask(reply=completion("C", prompt_tokens=400_000, completion_tokens=30_000))
+    assert chat.cost(read_prices("2.5,10")) == pytest.approx(1.3)
+    assert chat.cost((0.0, 0.0)) == 0.0 and chat.cost(read_prices(None)) is None and chat.cost(read_prices("")) is None
+
+
+@pytest.mark.parametrize("text", ["2.5", "2.5,", "2.5,10,1", "-1,2", "a,b", "nan,1", "1e3,1", "٣,1"])
+def test_prices_that_are_none(text):
+    with pytest.raises(ValueError, match="^--api_prices .* are no prices; give those of a million .*: 2.5,10$"):
+        read_prices(text)
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+SLOW = {"hang", "drip", "drip_head"}
+KINDS = {"reset": "unreachable", "closed": "unreachable", "cut": "bad_reply", "garbage": "bad_reply", "no_choices": "bad_reply",
+         "other_shape": "bad_reply", "huge": "bad_reply", **dict.fromkeys(SLOW, "timeout"),
+         **{name: name for name in FAULTS if name.startswith("http_")}}
+SHAPES = [b"", b"[" * 60_000, b"1" * 60_000, *(json.dumps(shape).encode() for shape in (
+    None, 7, "text", [], {}, {"choices": None}, {"choices": {}}, {"choices": [None]}, {"choices": [{}]},
+    {"choices": [{"message": None}]}, {"choices": [{"message": {"content": 7}}]},
+    {"choices": [{"message": {"content": ["a"]}}]}))]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_may_pass_is_asked_again(name):
+    """Faults in a row, then a reply; and where there is no time for another try, the kind of the failure."""
+    num_faults, options = (1, {"timeout": 0.3}) if name in SLOW else (3, {})
+    reply, chat, server = ask([name] * num_faults, **options)
+    assert reply == (ANSWER, True)
+    assert len(server.seen) == chat.usage["requests"] == chat.usage["retries"] + 1
+    assert chat.usage["retries"] == num_faults or name in SLOW  # on a busy machine the reply may be late, too
+    assert all(request.body == server.seen[0].body for request in server.seen)
+    failure, chat, _ = ask([name], **options, backoff=10.0)
+    assert isinstance(failure, ApiFailed) and str(failure) == KINDS[name] and chat.usage["requests"] == 1
+
+
+@pytest.mark.parametrize("body", SHAPES, ids=lambda body: repr(body[:30]))
+def test_json_of_another_shape_is_a_bad_reply(body):
+    def fault(handler, good):
+        send(handler, body)
+    reply, chat, _ = ask([fault])
+    assert reply == (ANSWER, True) and chat.usage["retries"] == 1
+    assert str(ask([fault], backoff=10.0)[0]) == "bad_reply"
+
+
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_a_slow_server_is_left_at_the_deadline(name):
+    start = time.monotonic()
+    failure, chat, _ = ask([name], timeout=60.0, patience=0.3)
+    assert str(failure) == "timeout" and 0.3 <= time.monotonic() - start < 0.3 + SLACK and chat.usage["requests"] == 1
+
+
+def test_no_more_is_read_of_a_body_than_its_limit(monkeypatch):
+    sent = []
+
+    def endless(handler, good):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while len(sent) < 4096:  # 256 MB
+            handler.wfile.write(b" " * 65_536)
+            sent.append(1)
+    monkeypatch.setattr(tools, "MAX_BODY", 1 << 18)
+    assert ask([endless])[0] == (ANSWER, True)
+    assert len(sent) * 65_536 < 32 << 20  # the sockets' buffers hold some
+
+
+def test_no_server_is_unreachable(capfd):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    chat = ChatModel(url, "any", patience=0.5, backoff=0.3)
+    for _ in range(2):
+        with pytest.raises(ApiFailed, match="^unreachable$"):
+            chat.reply(QUESTION)
+    assert capfd.readouterr().err == (f"{url}: unreachable ([Errno 111] Connection refused); asks again, "
+                                      "for up to 0.5 s a reply\n")  # once
+
+
+def test_a_server_that_comes_up_late_is_found():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    chat = ChatModel(f"http://127.0.0.1:{port}/v1", "any", patience=10.0, backoff=0.05)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(chat.reply, QUESTION)
+        time.sleep(0.2)
+        with ChatServer(lambda messages: ANSWER, port=port):
+            assert reply.result() == (ANSWER, True)
+    assert chat.usage["retries"] >= 1
+
+
+def test_waits_double():
+    _, _, server = ask(["http_500"] * 3, backoff=0.1)
+    gaps = [after.time - before.time for before, after in zip(server.seen, server.seen[1:])]
+    assert all(wait <= gap < 1.5 * wait + SLACK for wait, gap in zip((0.1, 0.2, 0.4), gaps, strict=True))
+
+
+@pytest.mark.parametrize("status, wait", [(429, lambda: 1), (503, lambda: formatdate(time.time() + 2, usegmt=True))],
+                         ids=["seconds", "date"])
+def test_retry_after_is_honoured_as_seconds_and_as_a_date(status, wait):
+    reply, _, server = ask([lambda handler, good: refuse(status, Retry_After=wait())(handler, good)])
+    first, second = server.seen
+    assert reply == (ANSWER, True) and 1.0 <= second.time - first.time < 3.0 + SLACK
+
+
+@pytest.mark.parametrize("wait", ["0", "-1", "soon", "²", "", "Thu, 01 Jan 1970 00:00:00 GMT",
+                                  "Thu, 99 Foo 99999 99:99:99 GMT", "9" * 3 + " " * 60_000 + "1", "1,2"])
+def test_a_wait_that_is_past_or_unreadable_is_our_own(wait):
+    start = time.monotonic()
+    assert ask([refuse(429, Retry_After=wait)])[0] == (ANSWER, True)
+    assert time.monotonic() - start < SLACK
+
+
+@pytest.mark.parametrize("wait", ["3600", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_nobody_waits_past_the_patience(wait):
+    start = time.monotonic()
+    failure, _, server = ask([refuse(429, Retry_After=wait)])
+    assert isinstance(failure, ApiFailed) and str(failure) == "http_429"
+    assert time.monotonic() - start < SLACK and len(server.seen) == 1
+
+
+# ---- errors that stay ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("body, message", [
+    ({"error": {"message": "too long", "code": 1}}, "too long"), ({"object": "error", "message": "too long"}, "too long"),
+    ({"detail": "too long"}, '{"detail": "too long"}'), ({"error": "too long"}, '{"error": "too long"}'),
+    ({"error": {"message": 7}}, "7"), ([7], "[7]"), (b"<b>too</b>\n long", "<b>too</b> long"),
+    (b"a\x1b[31m\x00\xff\r\nb", "a [31m \ufffd b"), ({"error": {"message": "x" * 9000}}, None),
+    (b"[" * 9000, None), (b"", None)])
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_a_request_did_wrong_is_said_in_the_words_of_the_server(status, body, message):
+    failure, chat, _ = ask([lambda handler, good: send(handler, body, status)])
+    assert isinstance(failure, ApiFailed) and chat.usage["requests"] == 1
+    if message is not None:
+        assert str(failure) == f"http_{status}: {message}"
+    assert str(failure).startswith(f"http_{status}") and str(failure).isprintable() and len(str(failure)) <= 310
+
+
+@pytest.mark.parametrize("status, message", [(401, "Incorrect API key"), (402, "No credit"), (403, "Not from here"),
+                                             (404, "No such model"), (429, "insufficient_quota: no credit left")])
+def test_what_would_fail_every_item_is_refused_at_once(status, message):
+    failure, chat, server = ask([refuse(status, message)])
+    assert isinstance(failure, ApiRefused) and chat.usage["requests"] == 1
+    assert str(failure) == (f"{server.url} answers http_{status} for model any ({message}); check --api (it ends in /v1 as a "
+                            "rule), --model and OPENAI_API_KEY")
+
+
+def test_an_address_without_v1_is_refused():
+    with ChatServer(lambda messages: ANSWER) as server:
+        with pytest.raises(ApiRefused, match="it ends in /v1"):
+            ChatModel(server.url.removesuffix("/v1"), "any").reply(QUESTION)
+        assert ChatModel(server.url + "/", "any").reply(QUESTION) == (ANSWER, True)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_payload_that_is_refused_before_its_end_is_no_lost_connection(drain):
+    """As proxies do: 413 in the middle of the upload. Without draining, the connection is reset under the client's hands."""
+    noise = Image.frombytes("RGB", (2000, 1000), random.Random(0).randbytes(6_000_000))
+    rollout = Rollout({"image": "a.png"}, [], [], [], opening="Which letter?", pictures=[noise])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def refuse_early():
+            client, _ = server.accept()
+            client.recv(1000)
+            client.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 9\r\n\r\ntoo large")
+            client.shutdown(socket.SHUT_WR)
+            while drain and client.recv(1 << 16):
+                pass
+            time.sleep(0.1)
+            client.close()
+        thread = threading.Thread(target=refuse_early)
+        thread.start()
+        with pytest.raises(ApiFailed, match="^http_413: too large$"):
+            ChatModel(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "any", patience=5.0).reply(rollout)
+        thread.join()
+
+
+NO_MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+NO_TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+
+
+def test_a_reasoning_models_parameters_are_learnt_once(capfd):
+    """As OpenAI's o1, o3 and gpt-5 word it, one after the other; all later requests are right at once."""
+    def strict(handler, good):
+        sent = server.seen[-1].body
+        wrong = NO_MAX_TOKENS if "max_tokens" in sent else NO_TEMPERATURE if "temperature" in sent else None
+        return refuse(400, wrong)(handler, good) if wrong else send(handler, good)
+    with ChatServer(lambda messages: ANSWER, [strict] * 5) as server:
+        chat = ChatModel(server.url, "o3", max_new_tokens=99, backoff=60.0, patience=10.0)  # it does not wait
+        assert [chat.reply(QUESTION) for _ in range(3)] == [(ANSWER, True)] * 3
+    names = [sorted(set(request.body) - {"model", "messages"}) for request in server.seen]
+    assert names == [["max_tokens", "temperature"], ["max_completion_tokens", "temperature"], *[["max_completion_tokens"]] * 3]
+    assert chat.parameters == {"max_completion_tokens": 99} and chat.usage["retries"] == 2
+    assert capfd.readouterr().err == (
+        f"{server.url}: {NO_MAX_TOKENS}; going on with {{'temperature': 0.0, 'max_completion_tokens': 99}}\n"
+        f"{server.url}: {NO_TEMPERATURE}; going on with {{'max_completion_tokens': 99}}\n")
+
+
+def test_threads_learn_parameters_together():
+    together = threading.Barrier(8)
+
+    def strict(handler, good):
+        if not together.broken and len(server.seen) <= 8:
+            together.wait(5)  # all have asked with the old ones before any is answered
+        sent = [request.body for request in server.seen]
+        send(handler, good) if len(sent) > 8 else refuse(400, NO_MAX_TOKENS + NO_TEMPERATURE)(handler, good)
+    with ChatServer(lambda messages: ANSWER, [strict] * 99) as server, ThreadPoolExecutor(8) as pool:
+        chat = ChatModel(server.url, "o3", max_new_tokens=99)
+        assert list(pool.map(lambda _: chat.reply(QUESTION), range(8))) == [(ANSWER, True)] * 8
+    assert chat.parameters == {"max_completion_tokens": 99} and len(server.seen) == 16
+    assert all(set(request.body) == {"model", "messages", "max_completion_tokens"} for request in server.seen[8:])
+
+
+@pytest.mark.parametrize("message, asked", [
+    (NO_MAX_TOKENS + NO_TEMPERATURE, 2), ("'max_tokens' is too large: 99; this model has 64 tokens", 1),
+    ("temperature must be at most 2", 1), ("images are not supported", 1)])
+def test_an_endpoint_that_refuses_for_ever_is_not_asked_for_ever(message, asked):
+    failure, chat, _ = ask([refuse(400, message)] * 9)
+    assert str(failure) == f"http_400: {message}" and chat.usage["requests"] == asked
+
+
+# ---- the key, the address ------------------------------------------------------------------------------------------
+
+def test_without_a_key_none_is_sent(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login a password {KEY}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for key in (None, " "):
+        if key:
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+        assert "authorization" not in ask()[2].seen[0].headers
+
+
+def test_the_key_is_sent_as_a_bearer_and_shown_to_nobody(monkeypatch, capfd):
+    """Also not where the server sends it back, in a reply or an error."""
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    texts, escaped = [], b'{"error": {"message": "%s \\u0073%s is wrong"}}' % (b"x" * 285, KEY[1:].encode())
+    for faults, reply in ([], f"You are {KEY}."), ([lambda handler, good: send(handler, escaped, 400)], ANSWER), *(
+            ([refuse(status, f"{KEY} is wrong")] * 9, ANSWER) for status in (400, 401, 404, 422, 429, 500, 503)):
+        outcome, chat, server = ask(faults, reply, backoff=0.01 if faults == ["http_500"] else 10.0)
+        assert {request.headers["authorization"] for request in server.seen} == {f"Bearer {KEY}"}
+        while outcome:  # an error with its causes
+            texts.append(repr(outcome))
+            outcome = isinstance(outcome, Exception) and (outcome.__cause__ or outcome.__context__)
+        texts += [repr(chat), str(chat.usage), str(chat.parameters)]
+    assert "('You are [key].', True)" in texts and any("[key] is wrong" in text for text in texts)
+    assert KEY[:8] not in "".join([*texts, *capfd.readouterr()])  # neither whole nor cut
+
+
+def test_a_placeholder_for_a_key_is_no_secret(monkeypatch):
+    """As is usual for vLLM; the word may occur in answers."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    reply, _, server = ask(reply="<problem> {'none'} </problem>")
+    assert reply == ("<problem> {'none'} </problem>", True) and server.seen[0].headers["authorization"] == "Bearer none"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_does_not_get_the_key(monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with ChatServer(lambda messages: ANSWER) as other:
+        failure, _, server = ask([refuse(status, "moved", Location=f"{other.url}/chat/completions")])
+        assert isinstance(failure, ApiRefused) and "check --api" in str(failure)
+        assert len(server.seen) == 1 and other.seen == []
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000/v1", "ftp://a.example/v1", "http://", "http://a.example:port/v1",
+                                 "http://[::1/v1"])
+def test_an_address_that_cannot_work_is_refused(url):
+    with pytest.raises(ValueError, match="^--api: .*; give http://HOST:PORT/v1$"):
+        ChatModel(url, "any")
+
+
+@pytest.mark.parametrize("url", [f"http://{KEY}@a.example/v1", f"http://a:{KEY}@a.example/v1",
+                                 f"https://a.example/v1?key={KEY}"])
+def test_an_address_with_a_key_in_it_is_refused_unseen(url):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        ChatModel(url, "any")
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"{KEY}é☃"])
+def test_an_impossible_key_is_refused_unseen(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        ChatModel("http://127.0.0.1:1/v1", "any")
+    assert KEY not in str(error.value)
+
+
+def test_openai_without_a_key_is_refused_early(monkeypatch):
+    with pytest.raises(ValueError, match="^https://api.openai.com/v1 needs a key; set .* OPENAI_API_KEY$"):
+        ChatModel("https://api.openai.com/v1", "gpt-4o")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    ChatModel("https://api.openai.com/v1", "gpt-4o")
+
+
+@pytest.mark.parametrize("model, options", [("", {}), ("any", {"max_new_tokens": 0}), ("any", {"timeout": 0.0}),
+                                            ("any", {"patience": -1.0})])
+def test_values_that_cannot_work_are_refused(model, options):
+    with pytest.raises(ValueError, match="^--api needs the name of a --model, and tokens and seconds above 0$"):
+        ChatModel("http://127.0.0.1:1/v1", model, **options)
+
+
+# ---- many threads, and the server itself ---------------------------------------------------------------------------
+
+def test_sixteen_threads_under_faults_lose_and_miscount_nothing():
+    """400 replies, each to its own question, while 30 % of the requests fail in some way."""
+    faults = dict.fromkeys(sorted(set(QUICK) - {"huge"}), 0.3 / (len(QUICK) - 1))
+    questions = [Rollout({"image": None}, [], [], [], opening=f"Which is {n}?") for n in range(400)]
+    with ChatServer(lambda messages: f"It is {messages[0]['content']}", faults) as server, ThreadPoolExecutor(16) as pool:
+        chat = ChatModel(server.url, "any", backoff=0.01)
+        replies = list(pool.map(chat.reply, questions))
+    assert replies == [(f"It is Which is {n}?", True) for n in range(400)]
+    failed = server.failed.total()
+    assert 100 < failed < 250 and len(server.failed) > 8
+    assert chat.usage == {"requests": 400 + failed, "retries": failed, "prompt_tokens": 4000, "completion_tokens": 2000,
+                          "cached_tokens": 0, "reasoning_tokens": 0,
+                          "uncounted": server.failed["no_choices"] + server.failed["other_shape"]}
+
+
+def test_the_faults_of_a_seed_do_not_hang_on_the_order():
+    def failed(order, seed):
+        with ChatServer(lambda messages: ANSWER, {"http_500": 0.5}, seed=seed) as server:
+            chat = ChatModel(server.url, "any", backoff=0.001)
+            for n in order:
+                chat.reply(Rollout({"image": None}, [], [], [], opening=str(n)))
+            return sorted(request.body["messages"][0]["content"] for request in server.seen)
+    assert failed(range(8), seed=1) == failed(reversed(range(8)), seed=1) != failed(range(8), seed=2)
+
+
+def test_the_server_as_a_command_knows_tasks_by_their_pixels():
+    """Every kind of task, two turns each, through the command that the README shows."""
+    command = [sys.executable, str(ROOT / "tests" / "chat_server.py"), "--port", "0", "--faults", "0.3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        try:
+            url = re.match(r"(http://127.0.0.1:\d+/v1), 30% of the requests fail", process.stdout.readline())[1]
+            chat = ChatModel(url, "stand-in", backoff=0.01)
+            for task in load_tasks(ROOT / "data" / "offline" / "heldout.json")[::25]:
+                picture = ImageOps.exif_transpose(Image.open(task["image"])).convert("RGB")
+                opening = task["question"] + PROMPTS["full"][task["family"]]
+                rollout = Rollout(task, [], [], [], pictures=[picture], opening=opening)
+                text, _ = chat.reply(rollout)
+                rollout.turns.append(Turn(text, tools.parse_action(text), None, "What now?"))
+                assert rollout.turns[0].action.kind == {"search": "search", "coding": "code"}[task["family"]]
+                assert tools.parse_action(chat.reply(rollout)[0]) == Action("answer", task["answers"][0])
+            rollout.pictures[0] = ImageChops.offset(picture, 1)
+            assert "unknown" in chat.reply(rollout)[0]
+        finally:
+            process.terminate()
