@@ -410,7 +410,7 @@ def _own_image(run, folder, name):
     try:
         path = (folder / name).resolve()
         return path if name == Path(name).name and path.is_relative_to(run.resolve()) else None
-    except (OSError, ValueError):  # a loop of links, a name with a zero byte
+    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links, a zero byte
         return None
 
 
@@ -426,7 +426,7 @@ def _embed(images, path):
     size, uris = picture.size, []
     picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     for kind in ("png", "jpeg"):
-        picture.save(file := BytesIO(), kind, quality=90)
+        picture.save(file := BytesIO(), kind, quality=90, compress_level=3)
         uris.append(f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}")
     return images.setdefault((min(uris, key=len), *size), len(images))
 
