@@ -3,6 +3,7 @@
     python evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --prompt full --tasks MAT-Search.json --benchmark mat-search
     python evaluate.py --rescore runs/evaluate/predictions.json --benchmark mat-coding
     python evaluate.py --compare A/predictions.json B/predictions.json --benchmark mat-coding
+    python evaluate.py --report runs/default
 
 `load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is loaded;
 `evaluate_tasks` plays each task once, greedily, with live tools; `score` averages over all tasks of a split, unanswered
@@ -11,9 +12,7 @@ Left out on purpose: sampling and votes (greedy decoding draws no random numbers
 command line (`evaluate_policy`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
 replacing the crop box in the model's code by the one in the question.
 """
-import base64
 import fcntl
-import io
 import json
 import math
 import os
@@ -24,18 +23,21 @@ import sys
 import tempfile
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
+from hashlib import sha256
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -450,9 +452,9 @@ def chat_messages(rollout) -> list[dict]:
 def _user_message(text, image):
     if image is None:
         return {"role": "user", "content": text}
-    data = io.BytesIO()
+    data = BytesIO()
     image.save(data, "PNG", compress_level=1)
-    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    url = f"data:image/png;base64,{b64encode(data.getvalue()).decode()}"
     return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}
 
 
@@ -595,6 +597,97 @@ def clean(out: Path, step: int) -> None:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path) if row["step"] <= step))
 
 
+# ---------------------------------------------------------------------------------------------------- a page to look at
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of all Pillow reads: none that starts a program
+IMAGE_SIDE = 320  # pixels, at most, of an image in the page
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write one page about a training run or an evaluation into its folder, as report.html, and return its path.
+
+    The page needs no network. Texts of a model are hostile: they stand in it as JSON that cannot leave its element, are
+    only ever shown as text, and the page's policy forbids every request and every script but its own. Raises ValueError
+    for a folder of neither kind, and "file, line N: reason; way out" for a damaged file.
+    """
+    folder, images = Path(folder), {}
+    single = {name: next(iter(_read_objects(folder / f"{name}.json")), {}) for name in ("config", "summary", "scores")}
+    if (folder / "items.jsonl").is_file():
+        kind, parts = "evaluation", [("items", folder / "items")]
+    elif (folder / "metrics.jsonl").is_file():
+        steps = [path.stem[5:] for path in folder.glob("rollouts/step_*.jsonl")]
+        steps = sorted(filter(str.isdecimal, steps), key=int)
+        kind, parts = "training", [(int(step), folder / f"rollouts/step_{step}") for step in steps]
+    else:
+        raise ValueError(f"{folder} has neither metrics.jsonl, as a training run does, nor items.jsonl, as an evaluation does; "
+                         "give the --output_dir of one")
+    embed = cache(partial(_embed, images))
+    data = {"name": folder.resolve().name, "kind": kind, **single,
+            "metrics": _read_objects(folder / "metrics.jsonl"), "evaluations": _read_objects(folder / "evaluations.jsonl"),
+            "sets": [{"name": name, "rows": _read_rollouts(folder, part, embed)} for name, part in parts],
+            "images": list(images)}
+    page = (Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8")
+    for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
+        page = page.replace(f"{{{{{tag}}}}}", f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'")
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no tag, no comment; ASCII only: no U+2028
+    write_whole(folder / "report.html", page.replace("{{data}}", text))  # last, since the data may hold anything
+    return folder / "report.html"
+
+
+def _read_rollouts(run, folder, embed):
+    """Rows of `rollout.rollout_row`, from folder.jsonl, with the places of their images instead of their paths."""
+    path = folder.with_suffix(".jsonl")
+    rows = _read_objects(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("turns"), list) or not all(isinstance(turn, dict) for turn in row["turns"]):
+            raise ValueError(f"{path}, line {number}: turns must be a list of objects; mend the line")
+        row["image"] = None if row.get("image") in (None, "None") else embed(Path(str(row["image"])))
+        for turn in row["turns"]:
+            if turn.get("image") is not None:
+                turn["image"] = embed(_own_image(run, folder, str(turn["image"])))
+    return rows
+
+
+def _read_objects(path):
+    """The objects of a .json or .jsonl file of a run, none without it; a last line without its end is being written."""
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data.split(b"\n")[:-1] if path.suffix == ".jsonl" else [data] if data else []
+    objects = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+    for number, value in enumerate(objects, start=1):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number}: is no object but {type(value).__name__}; mend the line")
+    return objects
+
+
+def _own_image(run, folder, name):
+    """The path of an image that a tool made: a plain name in the folder of its rows (train.py writes the folder's before it).
+
+    None for a name that leads out of the run, by itself or by links.
+    """
+    name = name.removeprefix(f"{folder.name}/")
+    try:
+        path = (folder / name).resolve()
+        return path if name == Path(name).name and path.is_relative_to(run.resolve()) else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links, a zero byte
+        return None
+
+
+def _embed(images, path):
+    """The place in `images` of the picture at a path, as (data URI, width, height as it was); -1 if there is none to see."""
+    try:
+        if path is None or not path.is_file():  # reading a pipe would not end
+            return -1
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return -1
+    size, uris = picture.size, []
+    picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    for kind in ("png", "jpeg"):
+        picture.save(file := BytesIO(), kind, quality=90, compress_level=3)
+        uris.append(f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}")
+    return images.setdefault((min(uris, key=len), *size), len(images))
+
+
 def _option(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -609,6 +702,7 @@ class Arguments:
     output_dir: str = _option("runs/evaluate", "folder for predictions.json and scores.json")
     rescore: str | None = _option(None, "only score this file of predictions; needs --benchmark, no model")
     compare: list[str] | None = _option(None, "only compare two files of predictions, A and B: B - A; needs --benchmark")
+    report: str | None = _option(None, "only write RUN/report.html for the folder of a training run or an evaluation; no model")
     limit: int | None = _option(None, "number of tasks to take from the start of the file")
     max_turns: int = _option(5, "turns an episode")
     max_new_tokens: int = _option(1024, "new tokens a turn; the paper's search evaluation takes 2048")
@@ -656,6 +750,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
     try:
         args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        if args.report:
+            return print(write_report(args.report)) or 0
         for name in ("rescore", "compare"):
             if getattr(args, name) and not args.benchmark:
                 raise ValueError(f"--{name} needs --benchmark, as benchmarks score differently; add --benchmark NAME")
