@@ -26,14 +26,15 @@ import time
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from hashlib import sha256
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
@@ -458,30 +459,178 @@ def _user_message(text, image):
     return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}
 
 
-def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str | None = None, batch_size: int = 8,
-                   prompt: str = "short", output_dir: str | Path | None = None) -> dict[str, dict[str, float]]:
-    """Play every task once, greedily, batch_size tasks side by side; returns their `score`.
+# --------------------------------------------------------------------------------------------------------- playing tasks
+ASKED = {  # stands behind the question where no tools are offered; "direct" has the paper's words, the others are ours
+    "direct": "\nAnswer the question directly. The answer should be very brief.",
+    "cot": "\nThink step by step between <think> and </think>. Then answer as briefly as possible: <answer> answer </answer>",
+    "rag": "\nAnswer the question directly with the help of the information. The answer should be very brief."}
+ANSWER_ONLY = " Only return the answer."  # the paper's words where there is no image
+BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")  # x_min, y_min, x_max, y_max in thousandths
+SLICE = re.compile(r"\[[^\[\]:]*:[^\[\]:,]*,[^\[\]:]*:[^\[\]:,]*\]")  # of an array: rows, columns
 
-    policy, tools, limits and prompt are those of `rollout.roll_out`. Into output_dir go predictions.json (a row a task:
-    id, gt, pred_answer, split) and scores.json; on standard error it says how episodes ended and how tools fared.
+
+def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str | None = None, batch_size: int = 8,
+                   prompt: str = "short", ask: str = "agent", samples: int = 1, temperature: float = 0.0, seed: int = 0,
+                   chat: ChatModel | None = None, output_dir: str | Path | None = None) -> dict[str, dict]:
+    """Play every task `samples` times, batch_size tasks side by side; returns what `summarize` does of the items.
+
+    policy, tools, limits and prompt are those of `rollout.roll_out`. ask: "agent" (with the tools); "direct", "cot", "rag":
+    one turn without any, for "rag" with what one search for the question finds. With `chat` an endpoint writes the turns, and
+    the policy is there for its tokenizer only. temperature 0 is greedy; random numbers come from the seed and a batch's place.
+
+    Into output_dir go items.jsonl (a row an item, as they come; with images in items/), predictions.json in the released
+    format, and scores.json. Called again it goes on where it was stopped, and comes to the same files. Processes of torchrun
+    share the batches; the first one waits for all, the others return nothing. An item that fails is a row with its error.
     """
-    from rollout import roll_out  # not at the top: torch takes seconds to load, and rescoring does without
-    if output_dir:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # first, so that it fails now and not after hours
-    rollouts = []
-    for start in tqdm(range(0, len(tasks), batch_size), desc="evaluate", unit="batch"):
-        rollouts += roll_out(policy, tasks[start:start + batch_size], tools, limits, temperature=0.0, prompt=prompt)[0]
-    rows = [{"id": r.task["id"], "gt": r.task["answers"], "pred_answer": r.answer, "split": r.task["split"]}
-            for r in rollouts]
-    scores = score(rows, benchmark)
-    for name, value in {"predictions.json": rows, "scores.json": scores}.items() if output_dir else ():
-        write_whole(Path(output_dir, name), json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-    oks = [turn.result.ok for r in rollouts for turn in r.turns if turn.result is not None]
-    print(f"episodes ended by {dict(Counter(r.stop for r in rollouts))}; tool calls: {len(oks)}, "
-          f"of them failed: {oks.count(False)}", file=sys.stderr)
+    out = output_dir and Path(output_dir)
+    rank, world = (int(os.environ.get(name, default)) if out else default for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    items, done = [_asked(task, ask) for task in tasks], read_items(out)
+    wanted = [(number, sample) for number in range(len(tasks)) for sample in range(samples)]
+    batches = [range(len(tasks))[start:start + batch_size] for start in range(0, len(tasks), batch_size)]
+    todo = [batch for batch in batches if any((number, k) not in done for number in batch for k in range(samples))]
+    with tqdm(total=len(wanted), initial=len(wanted) - samples * sum(map(len, todo)), desc="evaluate", unit=" items",
+              disable=rank > 0) as bar:
+        for batch in todo[rank::world]:
+            part = [items[number] for number in batch]
+            if ask == "rag":
+                found = tools.search.search_many([tasks[number]["question"] for number in batch])
+                part = [{**item, "question": f"<information> {result.text} </information>\n{item['question']}"}
+                        for item, result in zip(part, found, strict=True)]
+            played = _play(policy, part, tools, limits, chat, seed * 1_000_003 + batch[0], ask == "agent", group_size=samples,
+                           temperature=temperature, prompt=prompt)
+            keys = [(number, sample) for number in batch for sample in range(samples)]
+            rows = [_item_row(tasks[key[0]], key, *pair, benchmark, out) for key, pair in zip(keys, played, strict=True)]
+            done |= zip(keys, rows, strict=True)
+            if out:
+                _append_items(out / "items.jsonl", rows)
+            bar.update(len(rows))
+        while rank == 0 and not done.keys() >= set(wanted):  # others are still at it
+            time.sleep(0.5)
+            done = read_items(out)
+            bar.update(len(done.keys() & set(wanted)) - bar.n)
+    if rank > 0:
+        return {}
+    rows = [done[key] for key in wanted]
+    scores = summarize(rows, benchmark)
+    kept = ("id", "gt", "pred_answer", "split") + ("sample",) * (samples > 1)
+    predictions = [{key: row[key] for key in kept + ("error",) * bool(row["error"])} for row in rows]
+    if out:
+        write_whole(out / "items.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for name, value in {"predictions.json": predictions, "scores.json": scores}.items():
+            write_whole(out / name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     return scores
 
 
+def _asked(task, ask):
+    """The task with all that its prompt says in its question."""
+    instructions = "" if ask == "agent" else ASKED[ask] + ANSWER_ONLY * (task["image"] is None)
+    return {**task, "question": task["question"] + instructions}
+
+
+def _play(policy, items, tools, limits, chat, seed, is_agent, **options):
+    """[(rollout or None, answer, error or None)] of a batch. If it fails as a whole, its items are played one by one."""
+    import torch  # not at the top: it takes seconds to load, and rescoring does without
+
+    from rollout import Tools, roll_out
+    errors = {}
+    if not is_agent:
+        tools, limits, options = Tools(), replace(limits, max_turns=1), {**options, "prompt": "short"}
+    torch.manual_seed(seed)
+    try:
+        rollouts, _ = roll_out(policy, items, tools, limits, **options, sampler=chat and partial(_ask, policy, chat, errors))
+    except ApiRefused:
+        raise
+    except Exception as error:  # of whatever kind: thousands of other items must not be lost for it
+        if len(items) > 1:
+            return [played for item in items for played in
+                    _play(policy, [item], tools, limits, chat, seed, is_agent, **options)]
+        return [(None, None, f"{type(error).__name__}: {error}")] * options["group_size"]
+    return [(r, r.answer if is_agent else _one_turn_answer(r), errors.get(id(r))) for r in rollouts]
+
+
+def _ask(policy, chat, errors, live):
+    """A sampler (see `rollout.roll_out`) whose turns an endpoint writes, for all live rollouts at a time."""
+    from model import encode_text
+
+    def turn(rollout):
+        try:
+            return chat.reply(rollout)
+        except ApiFailed as error:
+            errors[id(rollout)] = str(error)
+            return "", False  # ends the rollout
+    with ThreadPoolExecutor(len(live)) as pool:
+        replies = list(pool.map(turn, live))
+    turns = [encode_text(policy, text) + [policy.end_id] * whole for text, whole in replies]
+    return [(ids, [0.0] * len(ids)) for ids in turns]
+
+
+def _one_turn_answer(rollout):
+    """The answer of someone who was not told of tools: in its tags if it has any, else all that is said after the thought."""
+    text = rollout.turns[0].text.rpartition("</think>")[2].strip()
+    return rollout.answer if rollout.answer is not None else (text or None) if rollout.stop != "length" else None
+
+
+def _item_row(task, key, rollout, answer, error, benchmark, out):
+    """A row of items.jsonl."""
+    from rollout import Rollout, rollout_row
+    number, sample = key
+    row = rollout_row(rollout or Rollout(task, [], [], []), out and out / "items", f"{number}-{sample}")
+    answer = None if error else answer
+    f1, em = grade(answer, task["answers"], benchmark == "mat-coding", fair=False)
+    task = {name: task[name] for name in ("question", "family", "type", "split")}
+    return row | task | {"number": number, "sample": sample, "gt": row["answers"], "pred_answer": answer, "f1": f1, "em": em,
+                         "error": error}
+
+
+def read_items(out: Path | None) -> dict[tuple[int, int], dict]:
+    """{(number, sample): row} of items.jsonl. Lines that a kill cut off are not there: they are played again."""
+    rows = {}
+    if out and (out / "items.jsonl").exists():
+        for line in (out / "items.jsonl").read_text(encoding="utf-8").split("\n"):
+            with suppress(ValueError):
+                row = json.loads(line)
+                rows[row["number"], row["sample"]] = row
+    return rows
+
+
+def _append_items(path, rows):
+    """Add rows, on the disk when this returns. What another process left half written is closed by a line end first."""
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def summarize(items: list[dict], benchmark: str | None) -> dict[str, dict]:
+    """`score` of rows of items.jsonl, and beside it "failed" (items), "stops" (how episodes ended) and "tools" (turns an item,
+    calls, errors by kind, seconds). With several samples an item, "samples" has mean and deviation of each one's figures."""
+    calls = [turn for row in items for turn in row["turns"] if "ok" in turn]
+    tools = {"turns": round(fmean(len(row["turns"]) for row in items), 2), "calls": len(calls),
+             "errors": dict(Counter(call["error"] for call in calls if not call["ok"])),
+             "seconds": round(sum(call["seconds"] for call in calls), 1)}
+    scores = score(items, benchmark) | {"tools": tools, "stops": dict(Counter(row["stop"] or "failed" for row in items)),
+                                        "failed": sum(row["error"] is not None for row in items)}
+    if samples := max(row["sample"] for row in items):
+        by_sample = {key: [100 * fmean(row[key] for row in items if row["sample"] == k) for k in range(samples + 1)]
+                     for key in ("f1", "em")}
+        scores["samples"] = {key: {"mean": round(fmean(m), 2), "std": round(stdev(m), 2)} for key, m in by_sample.items()}
+    return scores
+
+
+def released_crop(code: str, task: dict, size: tuple[int, int]) -> str:
+    """The model's code as the released evaluation runs it where the question is about a part of the image: every slice of an
+    array gives way to the box of the question, in thousandths of (width, height). Only to compare figures with its."""
+    if task["type"] != ["crop"] or not (box := BOX.search(task["question"])):
+        return code
+    x_min, y_min, x_max, y_max = (int(value) * side // 1000 for value, side in zip(box.groups(), size * 2, strict=True))
+    return SLICE.sub(f"[{y_min}:{y_max}, {x_min}:{x_max}]", code)
+
+
+# ------------------------------------------------------------------------------------- what training measures, and leaves
 def write_summary(out: Path, steps: int, **facts) -> dict:
     """summary.json: held-out success before, after and with the tools off, in all and by family and type, and the facts."""
     rows = read_json_lines(out / "evaluations.jsonl")
@@ -571,15 +720,15 @@ def publish(beside: Path, final: Path) -> None:
 
 
 def take_folder(out: Path) -> None:
-    """Raise ValueError if the folder cannot be written, or another run is at it; the first rank's process keeps it locked."""
+    """Raise ValueError if the folder cannot be written, or another process is at it; the first rank's keeps it locked."""
     try:
-        (out / "rollouts").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
             file.write(b"x" * 4096)
         if os.environ.get("RANK", "0") == "0":
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        why = "another process trains there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
+        why = "another process is at work there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
         raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None
 
 
@@ -688,27 +837,36 @@ def _embed(images, path):
     return images.setdefault((min(uris, key=len), *size), len(images))
 
 
-def _option(default, text):
-    return field(default=default, metadata={"help": text})
+def _option(default, text, **more):
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
 class Arguments:
     """The command line."""
-    model: str | None = _option(None, "hub name or folder of a Qwen2.5-VL")
-    tasks: str | None = _option(None, "tasks to evaluate on, .json or .jsonl")
+    model: str | None = _option(None, "hub name or folder of a Qwen2.5-VL; with --api its name there")
+    api: str | None = _option(None, "address of an OpenAI-compatible endpoint, as http://HOST:PORT/v1; key in OPENAI_API_KEY")
+    tasks: str | None = _option(None, "tasks to evaluate on, .json or .jsonl; data/prepare.py writes them", aliases=["--data"])
     benchmark: Benchmark | None = _option(None, "the published benchmark that the file is; sets splits and scoring")
     image_folder: str | None = _option(None, "folder of the images, if not beside the tasks")
-    output_dir: str = _option("runs/evaluate", "folder for predictions.json and scores.json")
+    ask: Literal["agent", "direct", "cot", "rag"] = _option("agent", "agent: with tools; others: one turn, rag after a search")
+    output_dir: str = _option("runs/evaluate", "folder for items, predictions and scores; what was begun there goes on")
     rescore: str | None = _option(None, "only score this file of predictions; needs --benchmark, no model")
     compare: list[str] | None = _option(None, "only compare two files of predictions, A and B: B - A; needs --benchmark")
     report: str | None = _option(None, "only write RUN/report.html for the folder of a training run or an evaluation; no model")
     limit: int | None = _option(None, "number of tasks to take from the start of the file")
+    samples: int = _option(1, "of each task; above 1 give a --temperature")
+    temperature: float = _option(0.0, "of sampling; 0: greedy")
+    seed: int = _option(0, "of sampling")
+    retry: bool = _option(False, "play the items again that failed")
     max_turns: int = _option(5, "turns an episode")
     max_new_tokens: int = _option(1024, "new tokens a turn; the paper's search evaluation takes 2048")
-    max_tokens: int = _option(8192, "tokens an episode: prompt, actions and observations")
-    batch_size: int = _option(8, "tasks played side by side")
+    max_tokens: int = _option(8192, "tokens an episode: prompt, actions, observations; with --api its own limit holds")
+    batch_size: int = _option(8, "tasks played side by side; with --api requests at a time")
     prompt: Literal["short", "full"] = _option("short", "instructions: short for the laptop model, full for hub models")
+    api_prices: str | None = _option(None, "dollars for a million prompt and completion tokens, as 2.5,10: the cost is shown")
+    api_timeout: float = _option(300.0, "seconds a request may take")
+    api_patience: float = _option(600.0, "seconds a turn may take, asking again included")
     corpus: str = _option("sqlite:data/offline/corpus.sqlite", "search: sqlite:INDEX, http://HOST:PORT/retrieve or serper")
     topk: int = _option(3, "passages a search returns")
     search_pages: int = _option(0, "pages of the first results that are read too (serper)")
@@ -716,21 +874,69 @@ class Arguments:
     search_budget: int = _option(0, "searches sent over the network, after which the tool fails; 0: no end")
     code_unlocked: bool = _option(False, "run model-written code in plain child processes where the kernel cannot lock it in")
     tools: Literal["on", "off"] = _option("on", "off: every call is answered that the tool is switched off")
+    released_crop: bool = _option(False, "as the released code: the question's crop box replaces the one in the model's code")
+    released_context: bool = _option(False, "as the released code: one user turn, the chain pasted as text, the image replaced")
+
+
+MAY_CHANGE = {"output_dir", "limit", "retry", "api", "api_prices", "api_timeout", "api_patience", "search_cache",
+              "search_budget"}  # from one start to the next of an evaluation
 
 
 def _run(args):
-    """Read the tasks, which fails early, then load the rest and play them."""
+    """Read the tasks and check all flags, which fails early; then load the rest and play them."""
     if not args.model or not args.tasks or args.batch_size < 1:
         raise ValueError("give --model, --tasks and a --batch_size of at least 1; or --rescore FILE --benchmark NAME")
+    if args.samples < 1 or args.temperature < 0 or args.samples > 1 and args.temperature == 0:
+        raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: samples of a greedy policy are all the "
+                         "same; give --temperature 1")
+    if args.ask == "rag" and args.tools == "off":
+        raise ValueError("--ask rag searches once for every question; leave out --tools off")
     tasks = load_tasks(args.tasks, args.benchmark, args.image_folder, args.limit)
-    from model import load_policy  # here for the reason given in evaluate_tasks
+    prices, world, out = read_prices(args.api_prices), int(os.environ.get("WORLD_SIZE", 1)), Path(args.output_dir)
+    if args.api and (world > 1 or args.released_context):
+        raise ValueError("--api takes one process, with a larger --batch_size, and no --released_context")
+    chat = args.api and ChatModel(args.api, args.model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                                  timeout=args.api_timeout, patience=args.api_patience)
+    search = None if args.tools == "off" else SearchTool(
+        args.corpus, args.topk, pages=args.search_pages, cache=args.search_cache,
+        budget=max(1, args.search_budget // world) if args.search_budget else None)
+    take_folder(out)
+    _take_up(out, args)
+    from model import load_policy  # here for the reason given in _play
     from rollout import Limits, Tools
-    limits = Limits(max_turns=args.max_turns, max_new_tokens=args.max_new_tokens, max_tokens=args.max_tokens)
-    search = SearchTool(args.corpus, args.topk, pages=args.search_pages, cache=args.search_cache,
-                        budget=args.search_budget or None) if args.tools == "on" else None
+    limits = Limits(args.max_turns, args.max_new_tokens, args.max_tokens, released_context=args.released_context)
+    if chat:  # the laptop model's tokenizer splits texts for the rollouts; tokens are the endpoint's to count
+        limits = replace(limits, max_tokens=10 ** 9, max_observation_tokens=10 ** 9, batch_tokens=10 ** 18)
+    policy = load_policy(str(Path(__file__).parent / "data/model") if chat else args.model)
     with CodeTool(unlocked=args.code_unlocked) if args.tools == "on" else nullcontext() as code:
-        return evaluate_tasks(load_policy(args.model), tasks, Tools(code, search), limits, benchmark=args.benchmark,
-                              batch_size=args.batch_size, prompt=args.prompt, output_dir=args.output_dir)
+        tools = Tools(code, search, released_crop if args.released_crop else None)
+        scores = evaluate_tasks(policy, tasks, tools, limits, benchmark=args.benchmark, batch_size=args.batch_size,
+                                prompt=args.prompt, ask=args.ask, samples=args.samples, temperature=args.temperature,
+                                seed=args.seed, chat=chat, output_dir=args.output_dir)
+    if scores:
+        print(f"episodes ended by {scores['stops']}; items that failed: {scores['failed']}; tools: {scores['tools']}; see {out}",
+              file=sys.stderr)
+    if chat:
+        print(f"used by this start: {dict(chat.usage)}" + f", {chat.cost(prices):.4f} dollars" * bool(prices), file=sys.stderr)
+    return scores
+
+
+def _take_up(out, args):
+    """Note the flags in a new folder; in one that was begun see that they are the same, and drop failed items for --retry."""
+    path, flags = out / "config.json", asdict(args)
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = sorted(name for name in flags.keys() - MAY_CHANGE if before.get(name) != flags[name])
+        if changed:
+            raise ValueError(f"--output_dir {out} holds an evaluation with other flags ({', '.join(changed)}); "
+                             "give the same ones to go on, or choose another folder")
+    elif any((out / name).exists() for name in ("metrics.jsonl", "items.jsonl")):
+        raise ValueError(f"--output_dir {out} holds another run; choose another folder")
+    if os.environ.get("RANK", "0") == "0":
+        if args.retry:
+            kept = [row for row in read_items(out).values() if not row["error"]]
+            write_whole(out / "items.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(path, json.dumps(flags, indent=1) + "\n")
 
 
 def _table(scores, sign):
@@ -762,8 +968,12 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(_table(scores, "+" if args.compare else ""))
-    print(json.dumps(scores))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    if scores:  # of the first rank
+        print(_table(scores, "+" if args.compare else ""))
+        print(json.dumps(scores))
     return 0
 
 

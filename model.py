@@ -437,8 +437,8 @@ class Decoder:
         """One turn for each of `live`: [(ids with `<|im_end|>` if it was reached, log-probs in nats), ...].
 
         `live` are sequences of the constructor, in their order, that the caller has appended to; those that are missing
-        are dropped for good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from torch's
-        global generator. Once `interrupted` says True turns end where they are.
+        are dropped for good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from
+        torch's global generator. Once `interrupted` says True turns end where they are.
         """
         wanted = set(map(id, live))
         self.streams = [stream for stream in self.streams if id(stream.row) in wanted]
@@ -534,7 +534,7 @@ def _group_attention(module, query, key, value, attention_mask, scaling, segment
 
 
 class PackedRow(Protocol):
-    """B sequences in one row of N tokens without padding, `prompt | sample | … | sample | prompt | …`; `rollout.Batch` is one.
+    """B sequences in one row of N tokens without padding, `prompt | sample | … | sample | prompt`; `rollout.Batch` is one.
 
     T is the longest sample: entry [b, t] of a (B, T) tensor belongs to token t behind the prompt of sequence b.
     """

@@ -63,6 +63,7 @@ class Limits:
     max_observation_tokens: int = 1024  # of a tool's text; a longer one is cut, with a mark
     max_images: int = 6  # in the context, the prompt's included
     batch_tokens: int = 16384  # rows played side by side × max_tokens: bounds their keys and values
+    released_context: bool = False  # evaluation only: see `_restart`
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Tools:
     """The live tools; None answers every call with "switched off"."""
     code: CodeTool | None = None
     search: SearchTool | None = None
+    edit: Callable[[str, dict, tuple[int, int]], str] | None = None  # (code, task, image size) -> the code that is run instead
 
 
 @dataclass
@@ -138,10 +140,10 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
         if interrupted():
             break
         part, mark = rollouts[start:start + rows], time.perf_counter()
-        decoder = None if sampler else Decoder(policy, part)
+        law = {"max_new_tokens": limits.max_new_tokens, "temperature": temperature, "interrupted": interrupted}
+        decoder = None if sampler or limits.released_context else Decoder(policy, part)
         seconds["generate"] += time.perf_counter() - mark
-        act = sampler or partial(decoder.sample, max_new_tokens=limits.max_new_tokens, temperature=temperature,
-                                 interrupted=interrupted)
+        act = sampler or (partial(decoder.sample, **law) if decoder else lambda live: Decoder(policy, live).sample(live, **law))
         _play(policy, part, tools, limits, act, interrupted, seconds)
         if decoder:
             computed, needed = computed + decoder.computed, needed + decoder.needed
@@ -221,6 +223,8 @@ def _observe(policy, rollouts, tools, limits):
         results.update(zip(searches, found, strict=True))
     if codes:
         calls = [(actions[i].content, _code_input(rollouts[i])) for i in codes]
+        if tools.edit:
+            calls = [(tools.edit(code, rollouts[i].task, image.size), image) for i, (code, image) in zip(codes, calls)]
         done = tools.code.run_many(calls) if tools.code else [TOOLS_OFF] * len(calls)
         results.update(zip(codes, done, strict=True))
     texts = [_shorten(policy, results[i].text, limits.max_observation_tokens) if results[i] else "" for i in results]
@@ -258,12 +262,23 @@ def _append_observation(policy, rollout, result, text, picture, limits):
         rollout.stop = "length"
         return
     turn.observation = text
+    if limits.released_context:
+        return _restart(policy, rollout, image)
     rollout.ids += ids
     rollout.action_mask += [0] * len(ids)
     rollout.logps += [0.0] * len(ids)
     if image is not None:
         rollout.images.append(image)
         rollout.pictures.append(picture)
+
+
+def _restart(policy, rollout, image):
+    """The context of the released evaluation: a first user turn anew, with the chain so far pasted behind the question as
+    text, and with the newest image instead of all others."""
+    rollout.images = rollout.images[:1] if image is None else [image]
+    chain = "".join(f"\n{turn.text}\n{turn.observation}" for turn in rollout.turns)
+    rollout.ids = encode_prompt(policy, rollout.opening + chain, rollout.images[0] if rollout.images else None)
+    rollout.action_mask, rollout.logps = [0] * len(rollout.ids), [0.0] * len(rollout.ids)
 
 
 def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:

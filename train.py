@@ -310,6 +310,7 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     search = SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
                         budget=config.search_budget // world if config.search_budget else None)
     take_folder(out)  # at the end: a run that is refused leaves none
+    (out / "rollouts").mkdir(exist_ok=True)
     return tasks, held_out, search
 
 

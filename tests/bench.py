@@ -121,7 +121,7 @@ def at(lengths):
 
 @contextlib.contextmanager
 def scripted(policy, make_due, kinds, num_rollouts):
-    """Inside, turns end as make_due() says, turn n of every rollout is an action of kind kinds[n], seconds are `seconds_now`."""
+    """Inside, turns end as make_due() says, turn n of a rollout is an action of kind kinds[n], and `seconds_now` is the clock."""
     generate, parse, clock, due = policy.model.generate, rollout_module.parse_action, rollout_module.time, make_due()
     script = iter([Action(kind, "7") for kind in kinds for _ in range(num_rollouts)])
 

@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
         take_folder(tmp_path / "file" / "run")
     number = os.open(tmp_path, os.O_RDONLY)  # as another process would
     fcntl.flock(number, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process trains there"):
+    with pytest.raises(ValueError, match="another process is at work there"):
         take_folder(tmp_path)
     os.close(number)
     take_folder(tmp_path)
