@@ -1,0 +1,333 @@
+"""Evaluations that are asked in several ways, fail in part, are killed, shared among ranks, and end as if nothing had been."""
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+from chat_server import ChatServer, stand_in
+from evaluate import (ASKED, ChatModel, _append_items, _one_turn_answer, evaluate_tasks, load_tasks, main, read_items,
+                      released_crop)
+from model import encode_prompt, load_policy
+from PIL import Image
+from rollout import PROMPTS, Limits, Rollout, Tools, replay, roll_out
+from tools import CodeTool, SearchTool, ToolResult
+
+ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT = ROOT / "data" / "offline" / "heldout.json"
+CORPUS = f"sqlite:{ROOT}/data/offline/corpus.sqlite"
+LIMITS = Limits(4, 96, 512)
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "torch.distributed.fsdp"])
+
+
+@cache
+def shipped():
+    return load_policy(str(ROOT / "data" / "model"))
+
+
+@cache
+def some_tasks():
+    return load_tasks(HELD_OUT, "offline")[::20]  # 7 of coding, 5 of search
+
+
+def evaluate(out, tasks=None, **options):
+    """In this process, with live tools. `out` may be None."""
+    with CodeTool(workers=1) as code:
+        return evaluate_tasks(shipped(), tasks or some_tasks(), Tools(code, SearchTool(CORPUS)), LIMITS, output_dir=out,
+                              **{"benchmark": "offline", "batch_size": 4, **options})
+
+
+def run(*args, **environment):
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT,
+                          timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def items(out):
+    """Rows of items.jsonl, timings apart."""
+    rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    for turn in [turn for row in rows for turn in row["turns"]]:
+        turn.pop("seconds", None)
+    return rows
+
+
+def files(out):
+    """What an evaluation leaves, timings apart."""
+    scores = json.loads((out / "scores.json").read_text())
+    del scores["tools"]["seconds"]
+    return {"items": items(out), "scores": scores, "predictions": (out / "predictions.json").read_bytes(),
+            **{path.name: path.read_bytes() for path in (out / "items").glob("*.png")}}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """An evaluation that nobody disturbed, two samples an item."""
+    out = tmp_path_factory.mktemp("alone")
+    scores = evaluate(out, samples=2, temperature=1.0)
+    assert json.loads((out / "scores.json").read_text()) == scores
+    return out
+
+
+# ---- what is left behind -------------------------------------------------------------------------------------------
+
+def test_rows_pictures_and_figures_are_those_of_the_episodes(alone):
+    rows, scores = items(alone), json.loads((alone / "scores.json").read_text())
+    assert [(row["number"], row["sample"]) for row in rows] == [(n, k) for n in range(12) for k in range(2)]
+    assert [row["id"] for row in rows[::2]] == [task["id"] for task in some_tasks()]
+    assert any(a["turns"] != b["turns"] for a, b in zip(rows[::2], rows[1::2]))  # sampled, not copied
+    shown = [turn["image"] for row in rows for turn in row["turns"] if "image" in turn]
+    assert shown and {path.name for path in (alone / "items").iterdir()} == set(shown)
+    assert scores["tools"]["calls"] == sum("ok" in turn for row in rows for turn in row["turns"]) > 5
+    assert scores["tools"]["turns"] == pytest.approx(sum(len(row["turns"]) for row in rows) / 24, abs=0.01)
+    assert sum(scores["stops"].values()) == scores["all"]["n"] == 24 and scores["failed"] == 0
+    assert scores["all"]["em"] == pytest.approx(100 * sum(row["em"] for row in rows) / 24, abs=0.01)
+    for key in ("f1", "em"):
+        a, b = (100 * sum(row[key] for row in rows if row["sample"] == k) / 12 for k in range(2))
+        expected = {"mean": pytest.approx((a + b) / 2, abs=0.01), "std": pytest.approx(abs(a - b) / 2 ** 0.5, abs=0.01)}
+        assert scores["samples"][key] == expected
+    predictions = json.loads((alone / "predictions.json").read_text())
+    assert predictions[3] == {"id": rows[3]["id"], "gt": rows[3]["gt"], "pred_answer": rows[3]["pred_answer"],
+                              "split": "coding", "sample": 1}
+
+
+# ---- killed, resumed, shared ---------------------------------------------------------------------------------------
+
+def _evaluate_elsewhere(out):
+    import torch
+    torch.set_num_threads(1)
+    evaluate(out, samples=2, temperature=1.0)
+
+
+def test_killed_at_ten_random_moments_it_leaves_what_one_left_alone_does(alone, tmp_path):
+    kills, rng, started = 0, random.Random(0), 0
+    while kills < 10:
+        process = CLEAN.Process(target=_evaluate_elsewhere, args=(tmp_path,))
+        before = len(read_items(tmp_path))
+        process.start()
+        started += 1
+        deadline = time.monotonic() + 60
+        if kills % 3 == 0:  # in its start; the others after some items, at a random moment of a batch
+            process.join(rng.uniform(0.2, 2.0))
+        else:
+            while process.is_alive() and len(read_items(tmp_path)) == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.join(rng.uniform(0.0, 0.3))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        else:  # it came to its end: once more from the middle
+            rows = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
+            (tmp_path / "items.jsonl").write_text("".join(rows[:8]) + rows[8][:50])
+        process.join()
+    process = CLEAN.Process(target=_evaluate_elsewhere, args=(tmp_path,))
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0 and started >= 10
+    assert files(tmp_path) == files(alone)
+
+
+def test_ranks_share_the_items_and_another_number_of_ranks_goes_on(alone, tmp_path):
+    tasks = tmp_path / "tasks.json"
+    tasks.write_text(json.dumps([{**task, "image_path": task["image"]} for task in some_tasks()]))
+    flags = ["--model", "data/model", "--data", tasks, "--benchmark", "offline", "--batch_size", "4", "--samples", "2",
+             "--temperature", "1.0", "--max_turns", "4", "--max_new_tokens", "96", "--max_tokens", "512",
+             "--output_dir", tmp_path / "run"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py",
+                           *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["all"] == json.loads((alone / "scores.json").read_text())["all"]
+    assert done.stdout.count('"all"') == 1  # one rank speaks
+    assert items(tmp_path / "run") == items(alone)
+    rows = (tmp_path / "run" / "items.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "items.jsonl").write_text("".join(rows[:5]))  # as two ranks may leave it: less than a batch
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert items(tmp_path / "run") == items(alone)
+    done = run(*flags, "--seed", "1")
+    assert (done.returncode, done.stderr) == (2, f"error: --output_dir {tmp_path}/run holds an evaluation with other flags "
+                                                 "(seed); give the same ones to go on, or choose another folder\n")
+
+
+def test_the_folder_of_a_training_run_is_refused(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["--model", "data/model", "--data", str(HELD_OUT), "--output_dir", str(tmp_path)]) == 2
+    assert "holds another run; choose another folder" in capsys.readouterr().err
+
+
+def test_rows_are_added_behind_what_a_kill_cut_off(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"number": 0, "sample": 0, "x": 1}\n{"number": 1, "sam')
+    _append_items(path, [{"number": 1, "sample": 0, "x": 2}, {"number": 2, "sample": 0, "x": 3}])
+    _append_items(path, [{"number": 3, "sample": 0, "x": 4}])
+    assert {key: row["x"] for key, row in read_items(tmp_path).items()} == {(0, 0): 1, (1, 0): 2, (2, 0): 3, (3, 0): 4}
+
+
+# ---- items that fail -----------------------------------------------------------------------------------------------
+
+def test_an_item_that_fails_is_recorded_and_the_others_of_its_batch_are_played(tmp_path):
+    tasks = some_tasks()[:3] + [{**some_tasks()[3], "question": "What character is on the sign? " * 100}] + some_tasks()[4:6]
+    scores, whole = evaluate(tmp_path, tasks), evaluate(None, some_tasks()[:6])
+    rows = items(tmp_path)
+    assert [row["error"] is None for row in rows] == [True] * 3 + [False] + [True] * 2
+    assert rows[3]["error"].startswith("ValueError: task heldout-coding-060: its prompt has ")
+    assert (rows[3]["turns"], rows[3]["pred_answer"], rows[3]["em"]) == ([], None, 0.0)
+    assert (scores["failed"], scores["all"]["n"], scores["stops"]["failed"]) == (1, 6, 1)
+    assert whole["failed"] == 0 and 0 <= whole["all"]["em"] - scores["all"]["em"] <= 100 / 6 + 0.01
+    assert json.loads((tmp_path / "predictions.json").read_text())[3]["error"] == rows[3]["error"]
+
+
+# ---- ways of asking ------------------------------------------------------------------------------------------------
+
+def asked(monkeypatch, ask, tasks, tools=None, text="<think> I see. </think> Paris"):
+    """(openings of the prompts, rows) where every turn says `text`."""
+    openings = []
+
+    def playing(policy, tasks, tools, limits, **options):
+        def sampler(live):
+            openings.extend(rollout.opening for rollout in live)
+            return replay(policy, lambda task: [text] * 9)(live)
+        return roll_out(policy, tasks, tools, limits, **{**options, "sampler": sampler})
+    monkeypatch.setattr("rollout.roll_out", playing)
+    rows = []
+    monkeypatch.setattr("evaluate.summarize", lambda items, benchmark: rows.extend(items) or {})
+    evaluate_tasks(shipped(), tasks, tools or Tools(), LIMITS, ask=ask, prompt="full")
+    return openings, rows
+
+
+QUESTION = {"id": 1, "family": "search", "question": "Which city?", "answers": ["Paris"], "image": None, "type": [],
+            "split": "all", "solution": None}
+
+
+@pytest.mark.parametrize("ask", ["direct", "cot"])
+@pytest.mark.parametrize("image", [None, Image.new("RGB", (56, 56))], ids=["text", "image"])
+def test_without_tools_one_turn_says_the_answer(monkeypatch, ask, image):
+    openings, [row] = asked(monkeypatch, ask, [{**QUESTION, "image": image}])
+    assert openings == ["Which city?" + ASKED[ask] + (" Only return the answer." if image is None else "")]
+    assert (row["question"], row["pred_answer"], row["em"], len(row["turns"])) == ("Which city?", "Paris", 1.0, 1)
+
+
+def test_with_tools_the_instructions_are_those_of_training(monkeypatch):
+    openings, [row] = asked(monkeypatch, "agent", [QUESTION])
+    assert openings == ["Which city?" + PROMPTS["full"]["search"]]
+    assert (row["pred_answer"], row["stop"]) == (None, "invalid")  # no tag, no answer
+
+
+def test_rag_searches_once_for_the_question(monkeypatch):
+    class Search:
+        queries = []
+
+        def search_many(self, queries):
+            self.queries.append(queries)
+            return [ToolResult(True, f"1. Content: about {query}", None, None, 0.0) for query in queries]
+    other = {**QUESTION, "id": 2, "question": "Which river?"}
+    openings, rows = asked(monkeypatch, "rag", [QUESTION, other], Tools(search=Search()))
+    assert Search.queries == [["Which city?", "Which river?"]]
+    assert openings[1] == ("<information> 1. Content: about Which river? </information>\nWhich river?" + ASKED["rag"]
+                           + " Only return the answer.")
+    assert [row["question"] for row in rows] == ["Which city?", "Which river?"]
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Paris", "Paris"), ("<think> a </think> Paris ", "Paris"), ("<think> a </think> <answer> Paris </answer>", "Paris"),
+    ("", None), ("<think> Paris </think>", None)])
+def test_the_answer_of_one_turn(text, answer):
+    [rollout], _ = roll_out(shipped(), [QUESTION], Tools(), Limits(1, 96, 512), sampler=replay(shipped(), lambda task: [text]))
+    assert _one_turn_answer(rollout) == answer
+
+
+def test_a_turn_that_was_cut_off_is_no_answer():
+    [rollout], _ = roll_out(shipped(), [QUESTION], Tools(), Limits(1, 2, 512), temperature=0.0)
+    assert rollout.stop == "length" and rollout.turns[0].text and _one_turn_answer(rollout) is None
+
+
+# ---- an endpoint ---------------------------------------------------------------------------------------------------
+
+FAULTS = {"http_500": 0.1, "http_429": 0.1, "cut": 0.1, "reset": 0.1}
+
+
+def test_fifty_items_of_an_endpoint_with_faults_are_all_answered(tmp_path):
+    tasks = load_tasks(HELD_OUT, "offline")[::5][:50]
+    with ChatServer(stand_in(HELD_OUT), faults=FAULTS, seed=1) as server:
+        chat = ChatModel(server.url, "stand-in", patience=60, backoff=0.01)
+        scores = evaluate(tmp_path, tasks, chat=chat, batch_size=16, prompt="full")
+        assert (scores["all"]["n"], scores["all"]["em"], scores["failed"]) == (50, 100.0, 0)
+        assert chat.usage["retries"] > 10 and scores["tools"]["calls"] == 50
+        before = chat.usage["requests"]
+        assert evaluate(tmp_path, tasks, chat=chat, batch_size=16, prompt="full") == scores
+        assert chat.usage["requests"] == before  # what was answered is not asked again
+
+
+def test_what_an_endpoint_does_not_answer_is_recorded_and_can_be_retried(tmp_path):
+    """Half of the requests are refused for good: those items count as 0, and --retry asks for them alone."""
+    flags = ["--model", "stand-in", "--data", HELD_OUT, "--benchmark", "offline", "--limit", "12", "--batch_size", "4",
+             "--output_dir", tmp_path, "--search_cache", ""]
+    with ChatServer(stand_in(HELD_OUT), faults={"http_400": 0.3}, seed=0) as server:
+        done = run("--api", server.url, *flags)
+    assert done.returncode == 0, done.stderr
+    rows, scores = items(tmp_path), json.loads((tmp_path / "scores.json").read_text())
+    failed = [row for row in rows if row["error"]]
+    assert 0 < len(failed) == scores["failed"] < 12 and scores["all"]["em"] == round(100 * (12 - len(failed)) / 12, 2)
+    assert all(row["error"].startswith("http_400") and row["pred_answer"] is None for row in failed)
+    with ChatServer(stand_in(HELD_OUT), seed=0) as server:
+        done = run("--api", server.url, *flags, "--retry", "True")
+    assert done.returncode == 0 and json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0, done.stderr
+
+
+def test_a_wrong_address_ends_the_evaluation_at_once(tmp_path):
+    with ChatServer(stand_in(HELD_OUT), faults={"http_404": 1.0}) as server:
+        done = run("--api", server.url, "--model", "m", "--data", HELD_OUT, "--output_dir", tmp_path)
+    assert done.returncode == 2 and "answers http_404 for model m" in done.stderr and "Traceback" not in done.stderr
+    assert read_items(tmp_path) == {}
+
+
+# ---- the released evaluation's ways --------------------------------------------------------------------------------
+
+CROP = {**QUESTION, "type": ["crop"], "question": "Read the text within the [100, 250, 500, 750] of the image."}
+
+
+@pytest.mark.parametrize("code, run_instead", [
+    ("part = image[10:20, 30:40]", "part = image[50:150, 40:200]"),
+    ("part = image[y1 : y2, int(x[0]):x2, :]", "part = image[y1 : y2, int(x[0]):x2, :]"),
+    ("a[1:2, 3:4]; b[:, 5:]", "a[50:150, 40:200]; b[50:150, 40:200]"), ("image.crop((1, 2, 3, 4))", "image.crop((1, 2, 3, 4))")])
+def test_the_box_of_the_question_replaces_slices(code, run_instead):
+    assert released_crop(code, CROP, (400, 200)) == run_instead
+    assert released_crop(code, {**CROP, "type": ["dark"]}, (400, 200)) == code
+    assert released_crop(code, {**CROP, "question": "Read it."}, (400, 200)) == code
+
+
+def test_the_edited_code_is_what_runs():
+    code = ("<code> ```python\nimport numpy as np\nfrom PIL import Image\na = np.asarray(Image.open('path_to_input_image.jpg'))\n"
+            "Image.fromarray(a[0:1, 0:1]).save('path_to_output_image.jpg')\n``` </code>")
+    task = {**CROP, "family": "coding", "image": Image.new("RGB", (400, 200))}
+    for edit, size in ((None, None), (released_crop, (160, 100))):
+        with CodeTool(workers=1) as tool:
+            [rollout], _ = roll_out(shipped(), [task], Tools(tool, edit=edit), Limits(2, 300, 4096),
+                                    sampler=replay(shipped(), lambda task: [code, "<answer> a </answer>"]))
+        result = rollout.turns[0].result
+        assert (result.image.size == size) if size else result.error  # a picture of one pixel is refused
+
+
+def test_the_released_context_is_one_user_turn_with_the_newest_image():
+    policy, picture = shipped(), Image.new("RGB", (112, 56), "red")
+    task = {**QUESTION, "family": "coding", "image": picture}
+    chain = ["<problem> {'rotation90'} </problem>", "<code> ```python\nresult = image.rotate(90, expand=True)\n``` </code>",
+             "<answer> 7 </answer>"]
+    seen = []
+
+    def sampler(live):
+        seen.append([(list(r.ids), list(r.images), sum(r.action_mask)) for r in live][0])
+        return replay(policy, lambda task: chain)(live)
+    with CodeTool(workers=1) as tool:
+        [rollout], _ = roll_out(policy, [task], Tools(tool), Limits(3, 96, 2048, released_context=True), sampler=sampler)
+    assert rollout.answer == "7" and [len(images) for _, images, _ in seen] == [1, 1, 1]
+    assert seen[1][1][0] is seen[0][1][0] and seen[2][1][0].grid == (1, 8, 4)  # the turned one alone
+    text = f"Which city?\n{chain[0]}\nWrite the code.\n{chain[1]}\nThe processed image."
+    assert seen[2][0] == encode_prompt(policy, text, seen[2][1][0]) and seen[2][2] == 0
+    limits = Limits(3, 24, 2048, released_context=True)
+    assert isinstance(roll_out(policy, [task] * 2, Tools(), limits, temperature=0.0)[0][0], Rollout)  # the policy itself
