@@ -120,7 +120,7 @@ def _each(path, rows, read, problems=None):
             if not isinstance(row, dict):
                 raise ValueError(f"is no object but {type(row).__name__}; write {{\"id\": …}}")
             result = read(row, number)
-            first = row_of.setdefault(str(row.get("id", number)), number)
+            first = row_of.setdefault((str(row.get("id", number)), row.get("sample")), number)
             if first != number:
                 raise ValueError(f"has the id {row.get('id', number)!r} of row {first}; give every row its own")
             results.append(result)
@@ -612,7 +612,7 @@ def summarize(items: list[dict], benchmark: str | None) -> dict[str, dict]:
     tools = {"turns": round(fmean(len(row["turns"]) for row in items), 2), "calls": len(calls),
              "errors": dict(Counter(call["error"] for call in calls if not call["ok"])),
              "seconds": round(sum(call["seconds"] for call in calls), 1)}
-    scores = score(items, benchmark) | {"tools": tools, "stops": dict(Counter(row["stop"] or "failed" for row in items)),
+    scores = score(items, benchmark) | {"tools": tools, "stops": dict(Counter("failed" if row["error"] else row["stop"] for row in items)),
                                         "failed": sum(row["error"] is not None for row in items)}
     if samples := max(row["sample"] for row in items):
         by_sample = {key: [100 * fmean(row[key] for row in items if row["sample"] == k) for k in range(samples + 1)]
@@ -910,14 +910,17 @@ def _run(args):
     policy = load_policy(str(Path(__file__).parent / "data/model") if chat else args.model)
     with CodeTool(unlocked=args.code_unlocked) if args.tools == "on" else nullcontext() as code:
         tools = Tools(code, search, released_crop if args.released_crop else None)
-        scores = evaluate_tasks(policy, tasks, tools, limits, benchmark=args.benchmark, batch_size=args.batch_size,
-                                prompt=args.prompt, ask=args.ask, samples=args.samples, temperature=args.temperature,
-                                seed=args.seed, chat=chat, output_dir=args.output_dir)
+        try:
+            scores = evaluate_tasks(policy, tasks, tools, limits, benchmark=args.benchmark, batch_size=args.batch_size,
+                                    prompt=args.prompt, ask=args.ask, samples=args.samples, temperature=args.temperature,
+                                    seed=args.seed, chat=chat, output_dir=args.output_dir)
+        finally:
+            if chat:  # a row for each start, as each costs
+                append_json_line(out / "usage.jsonl", usage := {**chat.usage, "dollars": chat.cost(prices), **chat.parameters})
+                print(f"used by this start: {usage}", file=sys.stderr)
     if scores:
-        print(f"episodes ended by {scores['stops']}; items that failed: {scores['failed']}; tools: {scores['tools']}; see {out}",
-              file=sys.stderr)
-    if chat:
-        print(f"used by this start: {dict(chat.usage)}" + f", {chat.cost(prices):.4f} dollars" * bool(prices), file=sys.stderr)
+        print(f"episodes ended by {scores['stops']}; items that failed: {scores['failed']}; tools: {scores['tools']}; "
+              f"see {out}", file=sys.stderr)
     return scores
 
 

@@ -1,7 +1,7 @@
 """What a whole GRPO step costs beside the plain way, in one run: python tests/bench.py
 
     python tests/bench.py --quick                    # the laptop model only; a few minutes on 2 cores
-    python tests/bench.py --only steps slice         # some of: steps, mat, scoring, slice, linear
+    python tests/bench.py --only steps slice         # some of: evaluate, steps, mat, scoring, slice, linear
     python tests/bench.py --cpu                      # one thread, CPU seconds: on a machine that others use
 
 The plain way: one `generate` of Hugging Face for the same rows and as many new tokens, every row with its own prompt and image,
@@ -38,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import rollout as rollout_module  # noqa: E402
 from cost import Shape, forward_operations, step_operations  # noqa: E402
+from evaluate import evaluate_tasks, load_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
 from model import gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
 from rollout import Limits, Rollout, Tools, roll_out  # noqa: E402
@@ -121,7 +122,7 @@ def at(lengths):
 
 @contextlib.contextmanager
 def scripted(policy, make_due, kinds, num_rollouts):
-    """Inside, turns end as make_due() says, turn n of a rollout is an action of kind kinds[n], and `seconds_now` is the clock."""
+    """Inside, turns end as make_due() says, turn n of a rollout is an action of kind kinds[n]; `seconds_now` is the clock."""
     generate, parse, clock, due = policy.model.generate, rollout_module.parse_action, rollout_module.time, make_due()
     script = iter([Action(kind, "7") for kind in kinds for _ in range(num_rollouts)])
 
@@ -448,7 +449,32 @@ def rollout_once(prompts):
     print("RESULT", resident_peak() - before)
 
 
-PARTS = {"steps": bench_steps, "mat": bench_mat, "scoring": bench_scoring, "slice": bench_slice, "linear": bench_linear}
+def bench_evaluate(args):
+    """Greedy evaluation of one turn, files and scores included, over one bare `generate` of the same rows; tokens a second."""
+    policy = load_policy(str(ROOT / "data/model"))
+    tasks = load_tasks(ROOT / "data/offline/heldout.json", limit=None)[::4]
+    limits, rates, bare = Limits(1, 96, 512), [], []
+    for _ in range(3 if args.quick else 6):  # the first is a warm-up
+        with tempfile.TemporaryDirectory() as folder:
+            start = seconds_now()
+            evaluate_tasks(policy, tasks, Tools(), limits, batch_size=len(tasks), output_dir=folder)
+            seconds = seconds_now() - start
+        start = seconds_now()
+        prompts = [rollout_module._open(policy, task, limits, 1, "short")[0] for task in tasks]
+        law = GenerationConfig(do_sample=False, max_new_tokens=96, eos_token_id=policy.end_id,
+                               pad_token_id=policy.tokenizer.pad_token_id, suppress_tokens=policy.suppressed.tolist())
+        with torch.no_grad():
+            inputs = model_inputs(policy, prompts, "left")
+            new = policy.model.generate(**inputs, generation_config=law)[:, inputs["input_ids"].shape[1]:].tolist()
+        tokens = sum(ids.index(policy.end_id) + 1 if policy.end_id in ids else len(ids) for ids in new)
+        rates.append(tokens / seconds)
+        bare.append(tokens / (seconds_now() - start))
+    share = median(a / b for a, b in zip(rates[1:], bare[1:]))
+    print(f"\nGreedy evaluation of {len(tasks)} items, laptop model: {median(rates[1:]):.0f} tokens a second, bare generate "
+          f"{median(bare[1:]):.0f}: {share:.2f} of it (at least 0.85: {'met' if share >= 0.85 else 'missed'})", flush=True)
+
+
+PARTS = {"evaluate": bench_evaluate, "steps": bench_steps, "mat": bench_mat, "scoring": bench_scoring, "slice": bench_slice, "linear": bench_linear}
 
 
 def main():

@@ -79,7 +79,7 @@ def _cut(handler, good):
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 FAULTS = {  # name: fault(handler, the right reply as bytes)
-    **{f"http_{status}": refuse(status) for status in (408, 409, 500, 502, 503)},
+    **{f"http_{status}": refuse(status) for status in (400, 404, 408, 409, 500, 502, 503)},
     "http_429": refuse(429, Retry_After=0),
     "reset": _reset,
     "closed": lambda handler, good: None,
@@ -92,7 +92,8 @@ FAULTS = {  # name: fault(handler, the right reply as bytes)
     "drip": _slow(HEAD + b"Content-Length: 1000\r\n\r\n", b" ", 0.05),
     "drip_head": _slow(HEAD + b"X-Slow: ", b"a", 0.05),
 }
-QUICK = sorted(set(FAULTS) - {"hang", "drip", "drip_head"})  # the others last as long as the client's timeout
+# What passes when asked again. The first three last as long as the client's timeout, the other two are for good.
+QUICK = sorted(set(FAULTS) - {"hang", "drip", "drip_head", "http_400", "http_404"})
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -134,7 +134,8 @@ def test_killed_at_ten_random_moments_it_leaves_what_one_left_alone_does(alone, 
 
 def test_ranks_share_the_items_and_another_number_of_ranks_goes_on(alone, tmp_path):
     tasks = tmp_path / "tasks.json"
-    tasks.write_text(json.dumps([{**task, "image_path": task["image"]} for task in some_tasks()]))
+    tasks.write_text(json.dumps([{key: task[key] for key in ("id", "family", "question", "answers", "type", "split")}
+                                 | {"image_path": task["image"]} for task in some_tasks()]))
     flags = ["--model", "data/model", "--data", tasks, "--benchmark", "offline", "--batch_size", "4", "--samples", "2",
              "--temperature", "1.0", "--max_turns", "4", "--max_new_tokens", "96", "--max_tokens", "512",
              "--output_dir", tmp_path / "run"]
@@ -252,7 +253,7 @@ FAULTS = {"http_500": 0.1, "http_429": 0.1, "cut": 0.1, "reset": 0.1}
 
 
 def test_fifty_items_of_an_endpoint_with_faults_are_all_answered(tmp_path):
-    tasks = load_tasks(HELD_OUT, "offline")[::5][:50]
+    tasks = load_tasks(HELD_OUT, "offline")[::4][:50]
     with ChatServer(stand_in(HELD_OUT), faults=FAULTS, seed=1) as server:
         chat = ChatModel(server.url, "stand-in", patience=60, backoff=0.01)
         scores = evaluate(tmp_path, tasks, chat=chat, batch_size=16, prompt="full")
@@ -294,7 +295,8 @@ CROP = {**QUESTION, "type": ["crop"], "question": "Read the text within the [100
 @pytest.mark.parametrize("code, run_instead", [
     ("part = image[10:20, 30:40]", "part = image[50:150, 40:200]"),
     ("part = image[y1 : y2, int(x[0]):x2, :]", "part = image[y1 : y2, int(x[0]):x2, :]"),
-    ("a[1:2, 3:4]; b[:, 5:]", "a[50:150, 40:200]; b[50:150, 40:200]"), ("image.crop((1, 2, 3, 4))", "image.crop((1, 2, 3, 4))")])
+    ("a[1:2, 3:4]; b[:, 5:]", "a[50:150, 40:200]; b[50:150, 40:200]"),
+    ("image.crop((1, 2, 3, 4))", "image.crop((1, 2, 3, 4))")])
 def test_the_box_of_the_question_replaces_slices(code, run_instead):
     assert released_crop(code, CROP, (400, 200)) == run_instead
     assert released_crop(code, {**CROP, "type": ["dark"]}, (400, 200)) == code
@@ -302,8 +304,8 @@ def test_the_box_of_the_question_replaces_slices(code, run_instead):
 
 
 def test_the_edited_code_is_what_runs():
-    code = ("<code> ```python\nimport numpy as np\nfrom PIL import Image\na = np.asarray(Image.open('path_to_input_image.jpg'))\n"
-            "Image.fromarray(a[0:1, 0:1]).save('path_to_output_image.jpg')\n``` </code>")
+    code = ("<code> ```python\nimport numpy as np\nfrom PIL import Image\n"
+            "a = np.asarray(Image.open('path_to_input_image.jpg'))\nImage.fromarray(a[0:1, 0:1]).save('path_to_output_image.jpg')\n``` </code>")
     task = {**CROP, "family": "coding", "image": Image.new("RGB", (400, 200))}
     for edit, size in ((None, None), (released_crop, (160, 100))):
         with CodeTool(workers=1) as tool:
