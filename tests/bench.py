@@ -1,7 +1,7 @@
 """What a whole GRPO step costs beside the plain way, in one run: python tests/bench.py
 
     python tests/bench.py --quick                    # the laptop model only; a few minutes on 2 cores
-    python tests/bench.py --only steps slice         # some of: evaluate, steps, mat, scoring, slice, linear
+    python tests/bench.py --only steps slice         # some of: evaluate, steps, mat, parts, scoring, slice, linear
     python tests/bench.py --cpu                      # one thread, CPU seconds: on a machine that others use
 
 The plain way: one `generate` of Hugging Face for the same rows and as many new tokens, every row with its own prompt and image,
@@ -40,8 +40,8 @@ import rollout as rollout_module  # noqa: E402
 from cost import Shape, forward_operations, step_operations  # noqa: E402
 from evaluate import evaluate_tasks, load_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
-from model import gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
-from rollout import Limits, Rollout, Tools, roll_out  # noqa: E402
+from model import Decoder, EncodedImage, gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
+from rollout import Limits, Rollout, Tools, collate, roll_out  # noqa: E402
 from tools import Action, ToolResult  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
 
@@ -323,6 +323,66 @@ def bench_mat(args):
             print(row, flush=True)
 
 
+# ---------------------------------------------------------------------------------------- what each thing helps by itself
+@contextlib.contextmanager
+def prompts_apart():
+    """Inside, the samples of a prompt have images of their own, equal but not the same: nothing is shared among them."""
+    open_rollouts = rollout_module._open
+
+    def apart(*args):
+        rollouts = open_rollouts(*args)
+        for rollout in rollouts:
+            rollout.images = [EncodedImage(*image) for image in rollout.images]
+        return rollouts
+    rollout_module._open = apart
+    yield
+    rollout_module._open = open_rollouts
+
+
+@contextlib.contextmanager
+def turns_anew():
+    """Inside, every turn encodes the whole sequence again."""
+    class Forgetful:
+        computed = needed = 1
+
+        def __init__(self, policy, rows):
+            self.policy = policy
+
+        def sample(self, live, *args, **options):
+            return Decoder(self.policy, live).sample(live, *args, **options)
+    rollout_module.Decoder = Forgetful
+    yield
+    rollout_module.Decoder = Decoder
+
+
+def bench_parts(args):
+    """The same steps with and without one of the things that make them fast."""
+    print("\n| model, steps | without | generate, s with / without | update, s with / without | whole step, with over without |"
+          "\n|---|---|---|---|---|", flush=True)
+    one, two = Scenario("one turn of 48", 48, None), Scenario("two turns of 32, a tool between", 32, None,
+                                                               kinds=("code", "answer"))
+    mat = Scenario("prompt of 880, samples of 160", 32 if args.quick else 160, None)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"laptop": str(ROOT / "data/model")} | ({} if args.quick else {"middle": make_folder(folder, MIDDLE, VISION)})
+        for model, name in models.items():
+            policy = load(name)
+            optimizer = adamw(policy)
+            for scenario, without, tasks in [(one, prompts_apart, (8, (112, 112), 20)), (two, prompts_apart, (8, (112, 112), 20)),
+                                             (two, turns_anew, (8, (112, 112), 20)), (mat, prompts_apart, (2, (616, 616), 340))]:
+                clocks, tasks = ([], []), make_tasks(policy, *tasks)
+                for repeat in range(1 + (5 if model == "laptop" else args.repeats)):  # the first is a warm-up
+                    for kept, block in zip(clocks, (contextlib.nullcontext, without)):
+                        torch.manual_seed(repeat)
+                        with block():
+                            kept.append(our_step(policy, None, optimizer, tasks, scenario)[1])
+                a, b = (kept[1:] or kept for kept in clocks)
+                cells = [" / ".join(f"{median(c.stages[stage] for c in clock):.2f}" for clock in (a, b))
+                         for stage in ("generate", "update")]
+                ratio = median(x.total / y.total for x, y in zip(a, b))
+                print(f"| {model}, {len(tasks)} x 8, {scenario.name} | {without.__name__} | {cells[0]} | {cells[1]} "
+                      f"| {ratio:.2f} |", flush=True)
+
+
 # --------------------------------------------------------------------------------------------------------------- scoring
 def straight_logps(hidden, lm_head, targets, *, temperature, suppressed):
     """All logits at once; no entropy."""
@@ -403,14 +463,14 @@ def bench_slice(args):
     policy.suppressed = policy.suppressed[policy.suppressed < len(policy.tokenizer)]
     ids = torch.randint(0, 700, (tokens,)).tolist()
     row = Rollout({}, ids, [0] * (tokens - actions) + [1] * actions, [0.0] * tokens)
-    inputs, mask = model_inputs(policy, [row], "right"), torch.tensor([row.action_mask]).bool()
+    batch = collate(policy, [row], [0.0])
     operations = 3 * sum(forward_operations(policy.model.config, tokens=tokens, pairs=tokens * (tokens + 1) / 2,
                                             head_tokens=actions).values())
     rates, products = [], []
     for _ in range(2 if args.quick else 3):
         products.append(product_rate([(tokens, 2048, 11_008), (tokens, 11_008, 2048), (2048, tokens, 11_008)]))
         start = seconds_now()
-        score(policy, inputs, mask, 1.0)[0].sum().backward()
+        score(policy, batch, 1.0)[0].sum().backward()
         rates.append(operations / (seconds_now() - start))
     share = median(a / b for a, b in zip(rates, products))
     print(f"\nTwo layers of 3B, {tokens} tokens, forward and backward: {operations / 1e9:,.0f} · 10⁹ operations, "
@@ -474,7 +534,8 @@ def bench_evaluate(args):
           f"{median(bare[1:]):.0f}: {share:.2f} of it (at least 0.85: {'met' if share >= 0.85 else 'missed'})", flush=True)
 
 
-PARTS = {"evaluate": bench_evaluate, "steps": bench_steps, "mat": bench_mat, "scoring": bench_scoring, "slice": bench_slice, "linear": bench_linear}
+PARTS = {"evaluate": bench_evaluate, "steps": bench_steps, "mat": bench_mat, "parts": bench_parts, "scoring": bench_scoring,
+         "slice": bench_slice, "linear": bench_linear}
 
 
 def main():
