@@ -481,7 +481,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         if args.report:
-            return print(write_report(args.report)) or 0
+            print(write_report(args.report))
+            return 0
         if args.rescore and not args.benchmark:
             raise ValueError("--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME")
         scores = rescore(args.rescore, args.benchmark) if args.rescore else _run(args)
