@@ -557,6 +557,9 @@ def test_the_keyboard_reaches_and_works_everything(tmp_path, browser):
     browser.press("ArrowRight")
     browser.press("ArrowRight")
     assert browser.texts(".task h3") == ["task-1", "task-2"]
+    browser.run("document.querySelector('input').focus()")
+    browser.press("ArrowLeft")  # moves in the text
+    assert browser.texts(".task h3") == ["task-1", "task-2"]
     browser.run("document.querySelector('.chart svg').focus()")
     browser.press("ArrowLeft")
     assert browser.run("document.activeElement.getAttribute('aria-valuetext')") == (
@@ -667,7 +670,8 @@ def test_a_phone_needs_no_sideways_scrolling(tmp_path, browser):
         browser.open_all()
         assert len(browser.texts(".turns")) == 2
         beyond = browser.run("""[...document.querySelectorAll("body *:not(.skip)")].filter((e) => e.checkVisibility()
-            && !e.closest(".scroll, pre") && e.getBoundingClientRect().right > 390).map((e) => e.outerHTML.slice(0, 60))""")
+            && !e.closest(".scroll, pre.code, select") && (e.getBoundingClientRect().right > 390 || e.clientWidth &&
+            e.scrollWidth > e.clientWidth)).map((e) => e.outerHTML.slice(0, 60))""")  # beyond the page, or cut off
         assert (beyond, browser.run("document.documentElement.scrollWidth")) == ([], 390)
 
 
