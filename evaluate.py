@@ -960,7 +960,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         if args.report:
-            return print(write_report(args.report)) or 0
+            print(write_report(args.report))
+            return 0
         for name in ("rescore", "compare"):
             if getattr(args, name) and not args.benchmark:
                 raise ValueError(f"--{name} needs --benchmark, as benchmarks score differently; add --benchmark NAME")
