@@ -612,8 +612,8 @@ def summarize(items: list[dict], benchmark: str | None) -> dict[str, dict]:
     tools = {"turns": round(fmean(len(row["turns"]) for row in items), 2), "calls": len(calls),
              "errors": dict(Counter(call["error"] for call in calls if not call["ok"])),
              "seconds": round(sum(call["seconds"] for call in calls), 1)}
-    scores = score(items, benchmark) | {"tools": tools, "stops": dict(Counter("failed" if row["error"] else row["stop"] for row in items)),
-                                        "failed": sum(row["error"] is not None for row in items)}
+    stops = Counter("failed" if row["error"] else row["stop"] for row in items)
+    scores = score(items, benchmark) | {"tools": tools, "stops": dict(stops), "failed": stops["failed"]}
     if samples := max(row["sample"] for row in items):
         by_sample = {key: [100 * fmean(row[key] for row in items if row["sample"] == k) for k in range(samples + 1)]
                      for key in ("f1", "em")}

@@ -367,8 +367,9 @@ def bench_parts(args):
         for model, name in models.items():
             policy = load(name)
             optimizer = adamw(policy)
-            for scenario, without, tasks in [(one, prompts_apart, (8, (112, 112), 20)), (two, prompts_apart, (8, (112, 112), 20)),
-                                             (two, turns_anew, (8, (112, 112), 20)), (mat, prompts_apart, (2, (616, 616), 340))]:
+            small, large = (8, (112, 112), 20), (2, (616, 616), 340)  # prompts, pixels, words
+            for scenario, without, tasks in [(one, prompts_apart, small), (two, prompts_apart, small), (two, turns_anew, small),
+                                             (mat, prompts_apart, large)]:
                 clocks, tasks = ([], []), make_tasks(policy, *tasks)
                 for repeat in range(1 + (5 if model == "laptop" else args.repeats)):  # the first is a warm-up
                     for kept, block in zip(clocks, (contextlib.nullcontext, without)):

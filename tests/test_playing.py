@@ -305,7 +305,8 @@ def test_the_box_of_the_question_replaces_slices(code, run_instead):
 
 def test_the_edited_code_is_what_runs():
     code = ("<code> ```python\nimport numpy as np\nfrom PIL import Image\n"
-            "a = np.asarray(Image.open('path_to_input_image.jpg'))\nImage.fromarray(a[0:1, 0:1]).save('path_to_output_image.jpg')\n``` </code>")
+            "a = np.asarray(Image.open('path_to_input_image.jpg'))\n"
+            "Image.fromarray(a[0:1, 0:1]).save('path_to_output_image.jpg')\n``` </code>")
     task = {**CROP, "family": "coding", "image": Image.new("RGB", (400, 200))}
     for edit, size in ((None, None), (released_crop, (160, 100))):
         with CodeTool(workers=1) as tool:
