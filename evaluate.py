@@ -1,16 +1,17 @@
-"""Evaluate a policy on a benchmark, or score a file of predictions again.
+"""Evaluate a policy, or any model behind an endpoint, on a benchmark; score, compare and look at what came out.
 
-    python evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --prompt full --tasks MAT-Search.json --benchmark mat-search
-    python evaluate.py --rescore runs/evaluate/predictions.json --benchmark mat-coding
+    python evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --prompt full --benchmark mat-search --data MAT-Search.json
+    python evaluate.py --api http://HOST:PORT/v1 --model NAME --prompt full ...      # OpenAI's protocol, the same tools and scores
+    python evaluate.py --ask direct ...                                              # or cot, rag: one turn without tools
+    python evaluate.py --rescore predictions.json --benchmark mat-coding
     python evaluate.py --compare A/predictions.json B/predictions.json --benchmark mat-coding
-    python evaluate.py --report runs/default
+    python evaluate.py --report runs/default                                         # one page, of a training run too
 
-`load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is loaded;
-`evaluate_tasks` plays each task once, greedily, with live tools; `score` averages over all tasks of a split, unanswered
-ones included, with 95 % intervals. Standard output ends with a line of JSON: {"all": {"f1", "em", "n", …}, "simple": …}.
-Left out on purpose: sampling and votes (greedy decoding draws no random numbers: there is no seed), several GPUs on the
-command line (`evaluate_policy`, which training calls, shares its tasks among ranks), and the released evaluation's habit of
-replacing the crop box in the model's code by the one in the question.
+From top to bottom: `load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is
+loaded; `score` averages over all items of a split, unanswered ones included, with 95 % intervals; `ChatModel` is a model
+behind an endpoint; `evaluate_tasks` plays every task and goes on where it was stopped; then what train.py measures and
+leaves, and the page. Standard output ends with a line of JSON: {"all": {"f1", "em", "n", …}, "simple": …}.
+Left out on purpose: votes over samples, judges that are models.
 """
 import fcntl
 import json

@@ -247,6 +247,16 @@ def test_a_turn_that_was_cut_off_is_no_answer():
     assert rollout.stop == "length" and rollout.turns[0].text and _one_turn_answer(rollout) is None
 
 
+@pytest.mark.parametrize("ask", ["agent", "direct", "cot", "rag"])
+def test_published_items_are_asked_in_every_way(golden, ask):
+    for benchmark, name in (("mat-search", "MAT-Search.json"), ("mat-coding", "MAT-Coding.json")):
+        tasks = load_tasks(golden / "mat_sample" / name, benchmark)
+        with CodeTool(workers=1) as code:
+            tools, limits = Tools(code, SearchTool(CORPUS)), Limits(2, 8, 4096)
+            scores = evaluate_tasks(shipped(), tasks, tools, limits, benchmark=benchmark, ask=ask, prompt="full")
+        assert (scores["all"]["n"], scores["failed"]) == (len(tasks), 0)  # the figures themselves may be 0
+
+
 # ---- an endpoint ---------------------------------------------------------------------------------------------------
 
 FAULTS = {"http_500": 0.1, "http_429": 0.1, "cut": 0.1, "reset": 0.1}
