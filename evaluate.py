@@ -1,7 +1,7 @@
 """Evaluate a policy, or any model behind an endpoint, on a benchmark; score, compare and look at what came out.
 
     python evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --prompt full --benchmark mat-search --data MAT-Search.json
-    python evaluate.py --api http://HOST:PORT/v1 --model NAME --prompt full ...      # OpenAI's protocol, the same tools and scores
+    python evaluate.py --api http://HOST:PORT/v1 --model NAME --prompt full ...      # OpenAI's protocol; the same tools, scores
     python evaluate.py --ask direct ...                                              # or cot, rag: one turn without tools
     python evaluate.py --rescore predictions.json --benchmark mat-coding
     python evaluate.py --compare A/predictions.json B/predictions.json --benchmark mat-coding
@@ -492,7 +492,7 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     with tqdm(total=len(wanted), initial=len(wanted) - samples * sum(map(len, todo)), desc="evaluate", unit=" items",
               disable=rank > 0) as bar:
         for batch in todo[rank::world]:
-            part = [items[number] for number in batch]
+            part, found = [items[number] for number in batch], []
             if ask == "rag":
                 found = tools.search.search_many([tasks[number]["question"] for number in batch])
                 part = [{**item, "question": f"<information> {result.text} </information>\n{item['question']}"}
@@ -500,7 +500,10 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
             played = _play(policy, part, tools, limits, chat, seed * 1_000_003 + batch[0], ask == "agent", group_size=samples,
                            temperature=temperature, prompt=prompt)
             keys = [(number, sample) for number in batch for sample in range(samples)]
-            rows = [_item_row(tasks[key[0]], key, *pair, benchmark, out) for key, pair in zip(keys, played, strict=True)]
+            rows = [_item_row(tasks[key[0]], key, *parts, benchmark, out) for key, parts in zip(keys, played, strict=True)]
+            for row in rows if found else ():
+                result = found[row["number"] - batch[0]]
+                row["retrieved"] = {"ok": result.ok, "error": result.error, "seconds": round(result.seconds, 4)}
             done |= zip(keys, rows, strict=True)
             if out:
                 _append_items(out / "items.jsonl", rows)
@@ -609,7 +612,7 @@ def _append_items(path, rows):
 def summarize(items: list[dict], benchmark: str | None) -> dict[str, dict]:
     """`score` of rows of items.jsonl, and beside it "failed" (items), "stops" (how episodes ended) and "tools" (turns an item,
     calls, errors by kind, seconds). With several samples an item, "samples" has mean and deviation of each one's figures."""
-    calls = [turn for row in items for turn in row["turns"] if "ok" in turn]
+    calls = [call for row in items for call in (*row["turns"], row.get("retrieved", {})) if "ok" in call]
     tools = {"turns": round(fmean(len(row["turns"]) for row in items), 2), "calls": len(calls),
              "errors": dict(Counter(call["error"] for call in calls if not call["ok"])),
              "seconds": round(sum(call["seconds"] for call in calls), 1)}

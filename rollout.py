@@ -295,8 +295,8 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
                 turn.result.image.save(folder / row["image"])
         turns.append(row)
     task = rollout.task
-    return {"id": task["id"], "question": task["question"], "image": str(task["image"]), "turns": turns,
-            "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop, "tokens": len(rollout.ids)}
+    return {"id": task["id"], "question": task["question"], "prompt": rollout.opening, "image": str(task["image"]),
+            "turns": turns, "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop, "tokens": len(rollout.ids)}
 
 
 def rollout_metrics(rows: list[dict]) -> dict[str, float]:

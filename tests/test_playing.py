@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer, stand_in
 from evaluate import (ASKED, ChatModel, _append_items, _one_turn_answer, evaluate_tasks, load_tasks, main, read_items,
-                      released_crop)
+                      released_crop, summarize)
 from model import encode_prompt, load_policy
 from PIL import Image
 from rollout import PROMPTS, Limits, Rollout, Tools, replay, roll_out
@@ -225,13 +225,15 @@ def test_rag_searches_once_for_the_question(monkeypatch):
 
         def search_many(self, queries):
             self.queries.append(queries)
-            return [ToolResult(True, f"1. Content: about {query}", None, None, 0.0) for query in queries]
+            return [ToolResult("city" in query, f"1. Content: about {query}", None, None if "city" in query else "timeout", 0.5)
+                    for query in queries]
     other = {**QUESTION, "id": 2, "question": "Which river?"}
     openings, rows = asked(monkeypatch, "rag", [QUESTION, other], Tools(search=Search()))
     assert Search.queries == [["Which city?", "Which river?"]]
     assert openings[1] == ("<information> 1. Content: about Which river? </information>\nWhich river?" + ASKED["rag"]
                            + " Only return the answer.")
-    assert [row["question"] for row in rows] == ["Which city?", "Which river?"]
+    assert [row["question"] for row in rows] == ["Which city?", "Which river?"] and rows[1]["prompt"] == openings[1]
+    assert summarize(rows, None)["tools"] == {"turns": 1.0, "calls": 2, "errors": {"timeout": 1}, "seconds": 1.0}
 
 
 @pytest.mark.parametrize("text, answer", [
