@@ -296,7 +296,8 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
         turns.append(row)
     task = rollout.task
     return {"id": task["id"], "question": task["question"], "prompt": rollout.opening, "image": str(task["image"]),
-            "turns": turns, "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop, "tokens": len(rollout.ids)}
+            "turns": turns, "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop,
+            "tokens": len(rollout.ids)}
 
 
 def rollout_metrics(rows: list[dict]) -> dict[str, float]:
