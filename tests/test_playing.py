@@ -1,6 +1,5 @@
 """Evaluations that are asked in several ways, fail in part, are killed, shared among ranks, and end as if nothing had been."""
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, stand_in
+from conftest import CLEAN, run_script
 from evaluate import (ASKED, ChatModel, _append_items, _one_turn_answer, evaluate_tasks, load_tasks, main, read_items,
                       released_crop, summarize)
 from model import encode_prompt, load_policy
@@ -23,8 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = ROOT / "data" / "offline" / "heldout.json"
 CORPUS = f"sqlite:{ROOT}/data/offline/corpus.sqlite"
 LIMITS = Limits(4, 96, 512)
-CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "torch.distributed.fsdp"])
 
 
 @cache
@@ -44,9 +42,8 @@ def evaluate(out, tasks=None, **options):
                               **{"benchmark": "offline", "batch_size": 4, **options})
 
 
-def run(*args, **environment):
-    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT,
-                          timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+def run(*args):
+    return run_script("evaluate.py", *args)
 
 
 def items(out):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import run_script
 
 import tools
 from model import encode_text
@@ -1062,11 +1063,9 @@ def train(serve, tmp_path):
     server = serve(retrieval_server())
 
     def run(name, *flags):
-        command = [sys.executable, "train.py", "--corpus", server.url, "--search_cache", str(tmp_path / f"{name}.sqlite"),
-                   "--topk", "1", "--steps", "2", "--prompts_per_step", "2", "--group_size", "4", "--max_turns", "3",
-                   "--eval_tasks", "", "--beta", "0", "--output_dir", str(tmp_path / name), *flags]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())})
+        return run_script("train.py", "--corpus", server.url, "--search_cache", tmp_path / f"{name}.sqlite", "--topk", "1",
+                          "--steps", "2", "--prompts_per_step", "2", "--group_size", "4", "--max_turns", "3", "--eval_tasks", "",
+                          "--beta", "0", "--output_dir", tmp_path / name, *flags)
     run.server = server
     return run
 

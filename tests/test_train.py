@@ -3,14 +3,14 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+from conftest import run_script
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -21,12 +21,10 @@ TIMINGS = re.compile(r"seconds|tokens_per_s")
 QUICK = {"prompts_per_step": 2, "group_size": 4, "eval_limit": 4, "max_turns": 3}
 
 
-def train(out: Path, *flags: str, check: bool = True, **settings) -> subprocess.CompletedProcess:
+def train(out: Path, *flags: str, check: bool = True, **settings) -> CompletedProcess:
     """`python train.py` on one process, with small settings that flags and settings add to."""
     settings = {**QUICK, "output_dir": out, **settings}
-    command = [sys.executable, "train.py", *[str(x) for name, value in settings.items() for x in (f"--{name}", value)], *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_script("train.py", *[x for name, value in settings.items() for x in (f"--{name}", value)], *flags)
     assert not check or done.returncode == 0, done.stderr
     return done
 
