@@ -22,8 +22,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 CLEAN = multiprocessing.get_context("forkserver")  # forks of this process would inherit gloo without its threads
 CLEAN.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
-                              "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.auto.tokenization_auto",
-                              "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl", "transformers.hf_argparser"])
+                              "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.hf_argparser",
+                              "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+                              "transformers.models.auto.tokenization_auto"])
 
 
 def run_script(script: str, *args, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:

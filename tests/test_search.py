@@ -1064,8 +1064,8 @@ def train(serve, tmp_path):
 
     def run(name, *flags):
         return run_script("train.py", "--corpus", server.url, "--search_cache", tmp_path / f"{name}.sqlite", "--topk", "1",
-                          "--steps", "2", "--prompts_per_step", "2", "--group_size", "4", "--max_turns", "3", "--eval_tasks", "",
-                          "--beta", "0", "--output_dir", tmp_path / name, *flags)
+                          "--steps", "2", "--prompts_per_step", "2", "--group_size", "4", "--max_turns", "3",
+                          "--eval_tasks", "", "--beta", "0", "--output_dir", tmp_path / name, *flags)
     run.server = server
     return run
 
