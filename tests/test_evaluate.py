@@ -421,8 +421,8 @@ def test_evaluate_tasks_plays_all_tasks_in_order_with_live_tools(tmp_path):
                                                         ("mat-search", "MAT-Search.json", 1)])
 def test_published_items_run_at_full_resolution(golden, tmp_path, benchmark, name, num_tasks):
     done = run_script("evaluate.py", "--model", ROOT / "data" / "model", "--tasks", golden / "mat_sample" / name,
-                      "--benchmark", benchmark,
-               "--max_new_tokens", 96, "--max_tokens", 4096, "--output_dir", tmp_path)
+                      "--benchmark", benchmark, "--max_new_tokens", 96, "--max_tokens", 4096,
+                      "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["all"]["n"] == num_tasks  # the figures themselves may be 0
     assert len(json.loads((tmp_path / "predictions.json").read_text())) == num_tasks

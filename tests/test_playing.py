@@ -152,6 +152,11 @@ def test_ranks_share_the_items_and_another_number_of_ranks_goes_on(alone, tmp_pa
                                                  "(seed); give the same ones to go on, or choose another folder\n")
 
 
+def test_a_folder_of_other_tasks_is_refused(alone):
+    with pytest.raises(ValueError, match="item 0 is 'heldout-coding-000' and not 'heldout-coding-020': the tasks have changed"):
+        evaluate(alone, some_tasks()[1:], samples=2, temperature=1.0)
+
+
 def test_the_folder_of_a_training_run_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert main(["--model", "data/model", "--data", str(HELD_OUT), "--output_dir", str(tmp_path)]) == 2
