@@ -484,7 +484,8 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     share the batches; the first one waits for all, the others return nothing. An item that fails is a row with its error.
     """
     out = output_dir and Path(output_dir)
-    rank, world = (int(os.environ.get(name, alone)) if out else alone for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", 0)) if out else 0
+    world = int(os.environ.get("WORLD_SIZE", 1)) if out else 1
     items, done = [_asked(task, ask) for task in tasks], read_items(out)
     for (number, _), row in done.items():
         if number < len(tasks) and (row["id"], row["gt"]) != (tasks[number]["id"], tasks[number]["answers"]):
