@@ -489,8 +489,8 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     items, done = [_asked(task, ask) for task in tasks], read_items(out)
     for (number, _), row in done.items():
         if number < len(tasks) and (row["id"], row["gt"]) != (tasks[number]["id"], tasks[number]["answers"]):
-            raise ValueError(f"{out / 'items.jsonl'}: item {number} is {row['id']!r} and not {tasks[number]['id']!r}: the tasks "
-                             "have changed; choose another --output_dir")
+            raise ValueError(f"{out / 'items.jsonl'}: item {number} is {row['id']!r} and not {tasks[number]['id']!r}: the "
+                             "tasks have changed; choose another --output_dir")
     wanted = [(number, sample) for number in range(len(tasks)) for sample in range(samples)]
     batches = [range(len(tasks))[start:start + batch_size] for start in range(0, len(tasks), batch_size)]
     todo = [batch for batch in batches if any((number, k) not in done for number in batch for k in range(samples))]
