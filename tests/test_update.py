@@ -267,7 +267,7 @@ def rows_without_timings(path):
 
 def test_a_run_that_was_stopped_and_resumed_is_the_run(short_run, stopped):
     config, whole = short_run
-    run(stopped, config.tasks, resume=True)
+    run(stopped, config.tasks, resume=True, seed=config.seed)
     assert rows_without_timings(stopped / "metrics.jsonl") == rows_without_timings(whole / "metrics.jsonl")
     for file in ("rollouts/step_2.jsonl", "model/model.safetensors"):  # bit for bit
         assert (stopped / file).read_bytes() == (whole / file).read_bytes()
