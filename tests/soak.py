@@ -7,6 +7,7 @@
 Every part prints what it saw and ends with status 1 if something was wrong. Linux only: it reads /proc.
 """
 import argparse
+import ctypes
 import faulthandler
 import json
 import os
@@ -166,24 +167,33 @@ def two_agents(folder: Path) -> None:
         sys.exit("two agents trained something else than one")
 
 
+def of_each(pids: list[int], name: str, unit: int) -> list[int]:
+    """A number of the status of processes."""
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    return [int(re.search(rf"{name}:\s*(\d+)", text)[1]) // unit for text in status]
+
+
 def watch(minutes: float, ranks: int, folder: Path) -> None:
     """Print what the processes of a run hold, twelve times in all."""
     out = folder / "long"
     process = start(ranks, out, steps=1_000_000, eval_tasks="", save_every=50, rollouts_every=50, lr=1e-12)  # no learning
-    print("minutes  steps  MiB of each rank  open files  threads  processes  files of the run", flush=True)
+    print("minutes  steps  MiB of each rank  less what malloc keeps free  open files  threads  processes  files of the run",
+          flush=True)
     for n in range(12):
         time.sleep(minutes * 60 / 12)
         if process.poll() is not None:
             sys.exit(f"the run ended by itself: {Path(f'{out}.log').read_text()[-4000:]}")
         mine, everybody = ranks_of(process.pid), family(process.pid)
-        status = [Path(f"/proc/{pid}/status").read_text() for pid in mine]
-        memory = [int(re.search(r"VmRSS:\s*(\d+)", text)[1]) // 1024 for text in status]
-        threads = [int(re.search(r"Threads:\s*(\d+)", text)[1]) for text in status]
+        memory, threads = of_each(mine, "VmRSS", 1024), of_each(mine, "Threads", 1)
+        for pid in mine:
+            os.kill(pid, signal.SIGUSR2)
+        time.sleep(5)
+        trimmed = of_each(mine, "VmRSS", 1024)
         opened = [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in mine]
         steps = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
         files = sum(1 for path in out.rglob("*") if "rollouts" not in path.parts)
-        print(f"{minutes * (n + 1) / 12:7.1f}  {steps:5}  {memory!s:>16}  {opened!s:>10}  {threads!s:>7}  {len(everybody):9}  "
-              f"{files:16}", flush=True)
+        print(f"{minutes * (n + 1) / 12:7.1f}  {steps:5}  {memory!s:>16}  {trimmed!s:>27}  {opened!s:>10}  {threads!s:>7}  "
+              f"{len(everybody):9}  {files:16}", flush=True)
     os.kill(process.pid, signal.SIGTERM)
     process.wait()
     print(Path(f"{out}.log").read_text().split("stopped ")[-1].splitlines()[0])
@@ -210,6 +220,8 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:
         faulthandler.register(signal.SIGUSR1, all_threads=False)
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # of glibc, which keeps what was freed between pieces in use
+            signal.signal(signal.SIGUSR2, lambda *_: ctypes.CDLL(None).malloc_trim(0))
         sys.argv[:2] = [str(ROOT / "train.py")]
         sys.path[0] = str(ROOT)
         runpy.run_path(sys.argv[0], run_name="__main__")
