@@ -483,7 +483,7 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     format, and scores.json. Called again it goes on where it was stopped, and comes to the same files. Processes of torchrun
     share the batches; the first one waits for all, the others return nothing. An item that fails is a row with its error.
     """
-    out = output_dir and Path(output_dir)
+    out, limits = output_dir and Path(output_dir), replace(limits, batch_tokens=batch_size * samples * limits.max_tokens)
     rank = int(os.environ.get("RANK", 0)) if out else 0
     world = int(os.environ.get("WORLD_SIZE", 1)) if out else 1
     items, done = [_asked(task, ask) for task in tasks], read_items(out)
@@ -915,7 +915,7 @@ def _run(args):
     from rollout import Limits, Tools
     limits = Limits(args.max_turns, args.max_new_tokens, args.max_tokens, released_context=args.released_context)
     if chat:  # the laptop model's tokenizer splits texts for the rollouts; tokens are the endpoint's to count
-        limits = replace(limits, max_tokens=10 ** 9, max_observation_tokens=10 ** 9, batch_tokens=10 ** 18)
+        limits = replace(limits, max_tokens=10 ** 9, max_observation_tokens=10 ** 9)
     policy = load_policy(str(Path(__file__).parent / "data/model") if chat else args.model)
     with CodeTool(unlocked=args.code_unlocked) if args.tools == "on" else nullcontext() as code:
         tools = Tools(code, search, released_crop if args.released_crop else None)

@@ -74,13 +74,14 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         hidden, lm_head, targets, suppressed, norms = ctx.saved_tensors
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(lm_head)
+        d_hidden, d_head, start = torch.empty_like(hidden), torch.empty_like(lm_head), 0.0
         by_token = (hidden, targets, norms, upstream / ctx.temperature, d_hidden)
         for h, t, norm, u, d in zip(*(x.split(ctx.chunk) for x in by_token)):
             p = _logits(h, lm_head, ctx.temperature, suppressed).sub_(norm[:, None]).exp_()  # (n, V)
             d_logits = p.mul_(-u[:, None]).scatter_add_(1, t[:, None], u[:, None]).to(h.dtype)
             torch.mm(d_logits, lm_head, out=d)
-            d_head.addmm_(d_logits.T, h)
+            torch.addmm(d_head, d_logits.T, h, beta=start, out=d_head)  # 0 at first: no pass over V·H zeros
+            start = 1.0
         return d_hidden, d_head, None, None, None, None
 
 

@@ -14,7 +14,7 @@ from chat_server import ChatServer, stand_in
 from conftest import CLEAN, run_script
 from evaluate import (ASKED, ChatModel, _append_items, _one_turn_answer, evaluate_tasks, load_tasks, main, read_items,
                       released_crop, summarize)
-from model import encode_prompt, load_policy
+from model import Decoder, encode_prompt, load_policy
 from PIL import Image
 from rollout import PROMPTS, Limits, Rollout, Tools, replay, roll_out
 from tools import CodeTool, SearchTool, ToolResult
@@ -93,6 +93,15 @@ def test_rows_pictures_and_figures_are_those_of_the_episodes(alone):
                               "split": "coding", "sample": 1}
 
 
+def test_a_batch_is_played_side_by_side(monkeypatch):
+    """All its samples, however long an episode may get."""
+    sizes = []
+    monkeypatch.setattr("rollout.Decoder", lambda policy, rows: sizes.append(len(rows)) or Decoder(policy, rows))
+    limits = Limits(1, 4, 512, batch_tokens=512)
+    evaluate_tasks(shipped(), some_tasks(), Tools(), limits, batch_size=5, samples=2, temperature=1.0)
+    assert sizes == [10, 10, 4]
+
+
 # ---- killed, resumed, shared ---------------------------------------------------------------------------------------
 
 def _evaluate_elsewhere(out):
@@ -110,11 +119,11 @@ def test_killed_at_ten_random_moments_it_leaves_what_one_left_alone_does(alone, 
         started += 1
         deadline = time.monotonic() + 60
         if kills % 3 == 0:  # in its start; the others after some items, at a random moment of a batch
-            process.join(rng.uniform(0.2, 2.0))
+            process.join(rng.uniform(0.1, 0.8))
         else:
             while process.is_alive() and len(read_items(tmp_path)) == before and time.monotonic() < deadline:
                 time.sleep(0.01)
-            process.join(rng.uniform(0.0, 0.3))
+            process.join(rng.uniform(0.0, 0.1))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
