@@ -79,7 +79,7 @@ def _cut(handler, good):
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 FAULTS = {  # name: fault(handler, the right reply as bytes)
-    **{f"http_{status}": refuse(status) for status in (400, 404, 408, 409, 500, 502, 503)},
+    **{f"http_{status}": refuse(status) for status in (408, 409, 500, 502, 503)},
     "http_429": refuse(429, Retry_After=0),
     "reset": _reset,
     "closed": lambda handler, good: None,
@@ -92,8 +92,8 @@ FAULTS = {  # name: fault(handler, the right reply as bytes)
     "drip": _slow(HEAD + b"Content-Length: 1000\r\n\r\n", b" ", 0.05),
     "drip_head": _slow(HEAD + b"X-Slow: ", b"a", 0.05),
 }
-# What passes when asked again. The first three last as long as the client's timeout, the other two are for good.
-QUICK = sorted(set(FAULTS) - {"hang", "drip", "drip_head", "http_400", "http_404"})
+QUICK = sorted(set(FAULTS) - {"hang", "drip", "drip_head"})  # the others last as long as the client's timeout
+FOR_GOOD = {"http_400": refuse(400), "http_404": refuse(404)}  # these do not pass when asked again
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
 class ChatServer(ThreadingHTTPServer):
     """An endpoint on loopback at `url`. reply(messages) is the text of the assistant, or the whole body as a dict.
 
-    faults  a plan: {name in FAULTS: probability}, drawn anew for each try of a request, by its content and the seed alone, so
+    faults  a plan: {name in FAULTS or FOR_GOOD: probability}, drawn anew for each try of a request, by its content and the seed alone, so
             that the order in which threads ask does not matter; or a list, a name, a fault of one's own or None (none) for
             one request after the other, and none after its end
     seen    the requests, in order; `failed` counts the faults by name
@@ -135,7 +135,7 @@ class ChatServer(ThreadingHTTPServer):
             return send(handler, {"error": {"message": f"no such path: {handler.path}"}}, 404)
         text = self.reply(body["messages"])
         good = text if isinstance(text, dict) else completion(text, prompt_tokens=10 * len(body["messages"]))
-        (FAULTS.get(fault, fault) or send)(handler, json.dumps(good).encode())
+        ((FAULTS | FOR_GOOD).get(fault, fault) or send)(handler, json.dumps(good).encode())
 
     def _draw(self, content):
         if isinstance(self.faults, list):
