@@ -111,9 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
 class ChatServer(ThreadingHTTPServer):
     """An endpoint on loopback at `url`. reply(messages) is the text of the assistant, or the whole body as a dict.
 
-    faults  a plan: {name in FAULTS or FOR_GOOD: probability}, drawn anew for each try of a request, by its content and the seed alone, so
-            that the order in which threads ask does not matter; or a list, a name, a fault of one's own or None (none) for
-            one request after the other, and none after its end
+    faults  a plan: {name in FAULTS or FOR_GOOD: probability}, drawn anew for each try of a request, by its content and the
+            seed alone, so that the order in which threads ask does not matter; or a list, a name, a fault of one's own or
+            None (none) for one request after the other, and none after its end
     seen    the requests, in order; `failed` counts the faults by name
     """
     daemon_threads, block_on_close, request_queue_size = True, False, 128
