@@ -584,7 +584,6 @@ def _item_row(task, key, rollout, answer, error, benchmark, out):
     from rollout import Rollout, rollout_row
     number, sample = key
     row = rollout_row(rollout or Rollout(task, [], [], []), out and out / "items", f"{number}-{sample}")
-    answer = None if error else answer
     f1, em = grade(answer, task["answers"], benchmark == "mat-coding", fair=False)
     task = {name: task[name] for name in ("question", "family", "type", "split")}
     return row | task | {"number": number, "sample": sample, "gt": row["answers"], "pred_answer": answer, "f1": f1, "em": em,
