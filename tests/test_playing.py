@@ -224,6 +224,11 @@ def test_without_tools_one_turn_says_the_answer(monkeypatch, ask, image):
     assert (row["question"], row["pred_answer"], row["em"], len(row["turns"])) == ("Which city?", "Paris", 1.0, 1)
 
 
+def test_without_tools_a_search_ends_the_one_turn(monkeypatch):
+    _, [row] = asked(monkeypatch, "direct", [QUESTION], text="<think> I must know. </think> <search> city </search>")
+    assert (len(row["turns"]), row["stop"], row["em"]) == (1, "turns", 0.0)
+
+
 def test_with_tools_the_instructions_are_those_of_training(monkeypatch):
     openings, [row] = asked(monkeypatch, "agent", [QUESTION])
     assert openings == ["Which city?" + PROMPTS["full"]["search"]]
