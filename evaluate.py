@@ -496,7 +496,9 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     todo = [batch for batch in batches if any((number, k) not in done for number in batch for k in range(samples))]
     with tqdm(total=len(wanted), initial=len(wanted) - samples * sum(map(len, todo)), desc="evaluate", unit=" items",
               disable=rank > 0) as bar:
-        for batch in todo[rank::world]:
+        for batch in batches[rank::world]:  # not of todo: another rank may have found less done
+            if batch not in todo:
+                continue
             part, found = [items[number] for number in batch], []
             if ask == "rag":
                 found = tools.search.search_many([tasks[number]["question"] for number in batch])
@@ -575,8 +577,9 @@ def _ask(policy, chat, errors, live):
 
 def _one_turn_answer(rollout):
     """The answer of someone who was not told of tools: in its tags if it has any, else all that is said after the thought."""
-    text = rollout.turns[0].text.rpartition("</think>")[2].strip()
-    return rollout.answer if rollout.answer is not None else (text or None) if rollout.stop != "length" else None
+    if rollout.answer is not None or rollout.stop == "length":  # what was cut off is no answer
+        return rollout.answer
+    return rollout.turns[0].text.rpartition("</think>")[2].strip() or None
 
 
 def _item_row(task, key, rollout, answer, error, benchmark, out):
@@ -897,6 +900,8 @@ def _run(args):
     if args.samples < 1 or args.temperature < 0 or args.samples > 1 and args.temperature == 0:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: samples of a greedy policy are all the "
                          "same; give --temperature 1")
+    if args.retry and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--retry takes one process: another one may have read the items before those that failed are dropped")
     if args.ask == "rag" and args.tools == "off":
         raise ValueError("--ask rag searches once for every question; leave out --tools off")
     tasks = load_tasks(args.tasks, args.benchmark, args.image_folder, args.limit)

@@ -161,6 +161,22 @@ def test_ranks_share_the_items_and_another_number_of_ranks_goes_on(alone, tmp_pa
                                                  "(seed); give the same ones to go on, or choose another folder\n")
 
 
+def test_a_rank_plays_its_share_however_far_the_others_are(alone, tmp_path, monkeypatch):
+    """Or a batch could be played by nobody, and the first rank would wait for it for ever."""
+    rows = (alone / "items.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "items.jsonl").write_text("".join(rows[:8]))  # the first rank was quick: batch 0 of 3 is there
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate(tmp_path, samples=2, temperature=1.0) == {}
+    assert sorted(read_items(tmp_path)) == [(number, sample) for number in range(8) for sample in range(2)]
+
+
+def test_retry_takes_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--model", "data/model", "--data", str(HELD_OUT), "--output_dir", str(tmp_path), "--retry", "True"]) == 2
+    assert "--retry takes one process" in capsys.readouterr().err
+
+
 def test_a_folder_of_other_tasks_is_refused(alone):
     with pytest.raises(ValueError, match="item 0 is 'heldout-coding-000' and not 'heldout-coding-020': the tasks have changed"):
         evaluate(alone, some_tasks()[1:], samples=2, temperature=1.0)
