@@ -127,8 +127,8 @@ def policy_loss(logps: torch.Tensor, advantages: torch.Tensor, weights: torch.Te
 
     logps, weights, old_logps, ref_logps: (B, T) float32; advantages: (B,). old_logps=None means that the batch is used
     once: the ratio is 1 and only its gradient is left. ref_logps=None means no KL term. Returns the scalar loss and sums
-    to be added up likewise: `kl` (k3) and `clipped` (share of tokens where the clip cuts the gradient), weighted as the
-    loss is, so that they are means over the update.
+    to be added up likewise, weighted as the loss is: `kl` (k3) and `clipped` (tokens where the clip cuts the gradient). Over
+    the sum of all weights they are means.
     """
     old_logps = logps.detach() if old_logps is None else old_logps
     ref_logps = logps.detach() if ref_logps is None else ref_logps

@@ -172,7 +172,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
     old_logps, gap = [None] * len(batches), 0.0
     policy.model.train()
     for _ in range(config.updates_per_batch):
-        sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "clipped": 0.0}
+        sums = {"loss": 0.0, "weight": 0.0, "kl": 0.0, "entropy": 0.0, "clipped": 0.0}
         for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
             policy.model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients meet once an update
             logps, entropy = score(policy, batch, config.temperature)  # (B, T)
@@ -182,7 +182,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
             loss, parts = policy_loss(logps, batch.advantages, weights, old_logps=old, ref_logps=ref, beta=config.beta,
                                       clip_low=config.clip_low, clip_high=config.clip_high)
             (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
-            for name, value in {"loss": loss, **parts, "entropy": (weights * entropy).sum()}.items():
+            for name, value in {"loss": loss, "weight": weights.sum(), **parts, "entropy": (weights * entropy).sum()}.items():
                 sums[name] += value.item()
             if old is None:
                 old_logps[i] = logps.detach()
@@ -197,6 +197,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
         if not is_finite:
             break
     policy.model.eval()
+    weight = sums.pop("weight") or 1.0  # below 1 with `dr_grpo`, which divides by a constant; 0 if nobody wrote anything
+    sums |= {name: sums[name] / weight for name in ("kl", "entropy", "clipped")}  # means
     return {**sums, **all_reduce({"gap": gap}, dist.ReduceOp.MAX), "tokens": counts["tokens"], "grad_norm": grad_norm,
             "skipped": int(not is_finite)}
 

@@ -146,7 +146,7 @@ def plain_update(folder, reference_folder, rows, config):
     num_tokens = sum(sum(r.action_mask) for r, _ in rows)
     old_logps, gap = [None] * len(rows), None
     for _ in range(config.updates_per_batch):
-        metrics = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0)
+        metrics, total = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0), 0.0
         for i, (rollout, advantage) in enumerate(rows):
             law = plain_law(model, rollout, config.temperature)
             terms = plain_terms(law, reference_laws[i], old_logps[i], rollout, advantage, config)
@@ -156,6 +156,7 @@ def plain_update(folder, reference_folder, rows, config):
             loss.backward()
             for name, values in zip(metrics, ([loss.item() / weight], *list(zip(*terms))[1:4])):
                 metrics[name] += weight * sum(values)
+            total += weight * len(terms)
             old_logps[i] = old_logps[i] or [term[4] for term in terms]  # of the policy before its first step
         if gap is None:
             gap = max(abs(logp + 5.0) for logps in old_logps for logp in logps)
@@ -164,6 +165,7 @@ def plain_update(folder, reference_folder, rows, config):
             for p in model.parameters():
                 p -= LR * p.grad
                 p.grad = None
+    metrics |= {name: metrics[name] / total for name in ("kl", "clipped", "entropy")}  # means over the tokens
     return (metrics | {"gap": gap, "tokens": num_tokens, "grad_norm": norm, "skipped": 0},
             {name: before[name] - p.detach() for name, p in model.named_parameters()})
 
