@@ -40,11 +40,11 @@ class Request(NamedTuple):
     time: float  # seconds of `time.monotonic`
 
 
-def send(handler, body, status=200, **headers):
+def send(handler, body, status=200, kind="application/json", **headers):
     """A whole reply; body is bytes, or anything that JSON can say."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     handler.send_response(status)
-    for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
+    for name, value in {"Content-Type": kind, "Content-Length": len(data), **headers}.items():
         handler.send_header(name.replace("_", "-"), str(value))
     handler.end_headers()
     handler.wfile.write(data)
@@ -108,7 +108,28 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class ChatServer(ThreadingHTTPServer):
+class Loopback(ThreadingHTTPServer):
+    """A server on this machine alone, in a thread of its own inside `with`. Subclasses answer(handler, body of the request)."""
+    daemon_threads, block_on_close, request_queue_size = True, False, 128
+
+    def __init__(self, port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.seen, self.gone = [], threading.Event()
+
+    def handle_error(self, *_):
+        pass  # a client that left, or sent no HTTP
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.gone.set()
+        self.shutdown()
+        self.server_close()
+
+
+class ChatServer(Loopback):
     """An endpoint on loopback at `url`. reply(messages) is the text of the assistant, or the whole body as a dict.
 
     faults  a plan: {name in FAULTS or FOR_GOOD: probability}, drawn anew for each try of a request, by its content and the
@@ -116,12 +137,10 @@ class ChatServer(ThreadingHTTPServer):
             None (none) for one request after the other, and none after its end
     seen    the requests, in order; `failed` counts the faults by name
     """
-    daemon_threads, block_on_close, request_queue_size = True, False, 128
-
     def __init__(self, reply: Callable[[list[dict]], str | dict], faults: dict | list = (), *, seed: int = 0, port: int = 0):
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(port)
         self.reply, self.faults, self.seed = reply, faults if isinstance(faults, dict) else list(faults), seed
-        self.seen, self.failed, self.gone = [], Counter(), threading.Event()
+        self.failed = Counter()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self._tries, self._lock = Counter(), threading.Lock()
 
@@ -144,18 +163,6 @@ class ChatServer(ThreadingHTTPServer):
         draw = random.Random(f"{self.seed} {content} {self._tries[content]}")
         names = [*self.faults, None]
         return draw.choices(names, [*self.faults.values(), 1 - sum(self.faults.values())])[0]
-
-    def handle_error(self, *_):
-        pass  # a client that left
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.gone.set()
-        self.shutdown()
-        self.server_close()
 
 
 def completion(text: str | None, finish_reason: str = "stop", **usage) -> dict:

@@ -21,12 +21,12 @@ import time
 from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from chat_server import Loopback, send
 from conftest import run_script
 
 import tools
@@ -51,28 +51,12 @@ class Request(NamedTuple):
     time: float
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, self.path, headers, json.loads(raw) if raw else None, raw, time.monotonic())
-        self.server.seen.append(request)
-        with suppress(OSError):  # the client hung up
-            self.server.answer(self, request)
+class Server(Loopback):
+    """`reply(handler, request)` writes a reply; `seen` are the requests, `calls` the connections."""
 
-    do_GET = do_POST
-
-    def log_message(self, *_):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    """A server on a free port. `answer(handler, request)` writes a reply; `seen` are its requests, `calls` its connections."""
-    daemon_threads, block_on_close, request_queue_size = True, False, 128
-
-    def __init__(self, answer, certificate=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.seen, self.calls, self.gone = answer, [], 0, threading.Event()
+    def __init__(self, reply, certificate=None):
+        super().__init__()
+        self.reply, self.calls = reply, 0
         self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self.server_port}/search"
         if certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -83,24 +67,19 @@ class Server(ThreadingHTTPServer):
         self.calls += 1
         super().process_request(*args)
 
-    def handle_error(self, *_):
-        pass  # a client that left, or sent no HTTP
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.gone.set()
-        self.shutdown()
-        self.server_close()
+    def answer(self, handler, raw):
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        body = json.loads(raw) if raw else None
+        request = Request(handler.command, handler.path, headers, body, raw, time.monotonic())
+        self.seen.append(request)
+        self.reply(handler, request)
 
 
 @pytest.fixture
 def serve():
     """serve(answer) -> a running Server, closed after the test."""
     with ExitStack() as stack:
-        yield lambda answer, certificate=None: stack.enter_context(Server(answer, certificate))
+        yield lambda reply, certificate=None: stack.enter_context(Server(reply, certificate))
 
 
 @pytest.fixture(autouse=True)
@@ -119,15 +98,6 @@ def patient(monkeypatch):
 @pytest.fixture
 def hasty(monkeypatch):
     monkeypatch.setattr(tools, "FETCH_SECONDS", FETCH)
-
-
-def send(handler, body, status=200, kind="application/json", **headers):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    handler.send_response(status)
-    for name, value in {"Content-Type": kind, "Content-Length": len(data), **headers}.items():
-        handler.send_header(name.replace("_", "-"), str(value))
-    handler.end_headers()
-    handler.wfile.write(data)
 
 
 def found(*contents):
