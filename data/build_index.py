@@ -3,11 +3,13 @@
     python data/build_index.py CORPUS.jsonl -o INDEX.sqlite        then: train.py --corpus sqlite:INDEX.sqlite
 
 CORPUS has a row {"id", "contents"} a line, as the corpora of FlashRAG and Search-R1: the first line of `contents` is its title,
-unless the row has a "title" of its own, which is searched but not shown. INDEX is one SQLite file for open_sqlite in tools.py:
-the passages, compressed; FTS5's index of their words, without a copy of the text; how many passages have each common word. It
-is written beside and renamed: what has its final name is whole. Left out: stemming and stop words.
+unless the row has a "title" of its own, which is searched but not shown; with a "text" instead of "contents" it is shown too.
+INDEX is one SQLite file for open_sqlite in tools.py: the passages, compressed; FTS5's index of their words, without a copy of
+the text; how many passages have each common word. It is written beside and renamed: what has its final name is whole. Left out:
+stemming and stop words.
 """
 import argparse
+import fcntl
 import json
 import os
 import sqlite3
@@ -30,6 +32,10 @@ def read_corpus(path: str | Path, bar: tqdm | None = None) -> Iterator[tuple[str
     """(text as shown, text as indexed) of every row; `bar` is told the bytes read. ValueError "path, row N: reason"."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if bar is not None:
+                bar.update(len(line))
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -38,12 +44,15 @@ def read_corpus(path: str | Path, bar: tqdm | None = None) -> Iterator[tuple[str
                 if not isinstance(title, str | None) or not isinstance(text, str) or not text.strip():
                     raise ValueError('needs a text under "contents" or "text"; "title" is a text too, if given')
                 f"{title}{text}".encode()  # half a surrogate pair, which no database takes, is a UnicodeEncodeError here
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, row {number}: {error}") from error
-            shown = text if title is not None else with_title(text.strip())
-            yield shown, shown if title is None else f"{title} {text}"
-            if bar is not None:
-                bar.update(len(line))
+            if title is None:
+                shown = indexed = with_title(text.strip())
+            elif "contents" in row:
+                shown, indexed = text, f"{title} {text}"
+            else:
+                shown = indexed = f"{title}: {text}"
+            yield shown, indexed
 
 
 def _compress(text: str) -> bytes:
@@ -59,8 +68,14 @@ def index_corpus(path: str | Path, rows: Iterable[tuple[str, str]]) -> int:
     """
     path, number = Path(path), 0
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ValueError(f"another index is being built in {path.parent}: wait for it, or give another folder") from None
+    try:
+        temporary.unlink(missing_ok=True)
         database = sqlite3.connect(temporary, isolation_level=None)
         database.executescript("""
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
@@ -80,9 +95,12 @@ def index_corpus(path: str | Path, rows: Iterable[tuple[str, str]]) -> int:
         database.close()
         if not number:
             raise ValueError("no passages")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(folder)  # and with it the lock
     return number
 
 
@@ -96,6 +114,8 @@ def main() -> int:
     try:
         if args.out.is_dir() or args.out.exists() and args.out.samefile(args.corpus):
             raise ValueError(f"{args.out} is a folder, or the corpus itself: give another -o")
+        if not args.out.parent.is_dir():
+            raise ValueError(f"{args.out.parent} is no folder: make it, or give another -o")
         if args.out.exists() and not args.force:
             raise ValueError(f"{args.out} is there already; give --force to replace it, or another -o")
         with tqdm(total=args.corpus.stat().st_size, unit="B", unit_scale=True, desc="index") as bar:
@@ -103,6 +123,9 @@ def main() -> int:
     except (OSError, ValueError, sqlite3.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; {args.out} is as it was", file=sys.stderr)
+        return 130
     seconds, size = time.perf_counter() - start, args.out.stat().st_size
     print(f"{args.out}: {number} passages in {seconds:.1f} s ({number / seconds:.0f}/s), {size / 2**20:.1f} MiB, "
           f"{size / args.corpus.stat().st_size:.2f} of the corpus")

@@ -58,12 +58,18 @@ def address(tmp_path):
 def test_the_best_passages_come_first(address):
     result = ask(address, "What is the capital of Norway?", topk=2)
     assert (result.ok, result.error, result.image) == (True, None, None)
-    assert result.text == ("1. Content: The capital of Norway is Oslo. "
+    assert result.text == ("1. Content: Norway: The capital of Norway is Oslo. "
                            "2. Content: The capital of Denmark is Copenhagen. It lies on an island.")
 
 
-def test_a_title_of_its_own_is_searched_and_not_shown(address):
-    assert ask(address, "SWEDEN").text == "1. Content: Stockholm is large."
+def test_a_title_of_its_own_is_searched_and_not_shown(address, tmp_path):
+    assert ask(address, "denmark").text == "1. Content: The capital of Denmark is Copenhagen. It lies on an island."
+    assert ask(indexed(tmp_path, [{"title": "Sweden", "contents": "Stockholm is large."}]), "SWEDEN").text == (
+        "1. Content: Stockholm is large.")
+
+
+def test_a_title_beside_a_text_is_shown(address):
+    assert ask(address, "SWEDEN").text == ask(address, "stockholm").text == "1. Content: Sweden: Stockholm is large."
 
 
 @pytest.mark.parametrize("title", ['"Oslo"', "Oslo"])
@@ -138,12 +144,13 @@ def test_the_command_builds_what_the_tool_opens(tmp_path):
     done = run(write(tmp_path / "corpus.jsonl", ROWS), "-o", tmp_path / "a b.sqlite")
     assert done.returncode == 0 and "4 passages" in done.stdout
     os.chmod(tmp_path / "a b.sqlite", 0o444)
-    assert ask(f"sqlite:{tmp_path / 'a b.sqlite'}", "oslo").text == "1. Content: The capital of Norway is Oslo."
+    assert ask(f"sqlite:{tmp_path / 'a b.sqlite'}", "oslo").text == "1. Content: Norway: The capital of Norway is Oslo."
 
 
 @pytest.mark.parametrize("row, reason", [('{"id": 1,', "Expecting property name"), ("[1]", "no JSON object"),
                                          ('{"id": 1}', "contents"), ('{"text": 7}', "contents"), ('{"text": " "}', "contents"),
-                                         ("", "Expecting value"), ('{"text": "a", "title": 1}', "title"),
+                                         ("x", "Expecting value"), ("[" * 100_000, "recursion"),
+                                         ('{"text": "a", "title": 1}', "title"),
                                          (r'{"text": "\ud800"}', "surrogates")])
 def test_a_bad_row_is_named_and_no_index_is_left(row, reason, tmp_path):
     done = run(write(tmp_path / "corpus.jsonl", [ROWS[0], row]), "-o", tmp_path / "index.sqlite")
@@ -175,6 +182,49 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_works(tmp_path):
     assert ask(f"sqlite:{index}", "oslo").ok and sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "index.sqlite"]
 
 
+def test_two_builds_do_not_mix(tmp_path):
+    """The second one is refused while the first is at work, and leaves it alone."""
+    corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index.sqlite"
+    write(corpus, [{"id": i, "contents": f"word{i} " * 50} for i in range(30_000)])
+    first = subprocess.Popen([sys.executable, ROOT / "data" / "build_index.py", corpus, "-o", index], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not list(tmp_path.glob("index.sqlite.tmp")) and time.monotonic() < end:
+        time.sleep(0.01)
+    second = run(write(tmp_path / "other.jsonl", ROWS), "-o", index)
+    assert second.returncode == 2 and "another index is being built" in second.stderr
+    assert first.wait() == 0 and ask(f"sqlite:{index}", "word7").ok
+    assert run(tmp_path / "other.jsonl", "-o", index, "--force").returncode == 0  # it may again
+
+
+def test_an_interrupted_build_says_so(tmp_path):
+    corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index.sqlite"
+    write(corpus, [{"id": i, "contents": f"word{i} " * 50} for i in range(60_000)])
+    process = subprocess.Popen([sys.executable, ROOT / "data" / "build_index.py", corpus, "-o", index], stderr=subprocess.PIPE,
+                               text=True)
+    end = time.monotonic() + 30
+    while not list(tmp_path.glob("index.sqlite.tmp")) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and said.splitlines()[-1] == f"stopped; {index} is as it was" and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["a?b#c%41.sqlite", "ü &mode=rwc.sqlite"])
+def test_an_index_may_have_any_name(name, tmp_path):
+    build_index.index_corpus(tmp_path / name, [("Oslo is large.", "Oslo is large.")])
+    assert ask(f"sqlite:{tmp_path / name}", "oslo").ok and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    assert ask(indexed(tmp_path, ["", *ROWS, " ", ""]), "oslo").ok
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    done = run(write(tmp_path / "corpus.jsonl", ROWS), "-o", tmp_path / "missing" / "index.sqlite")
+    assert done.returncode == 2 and f"{tmp_path / 'missing'} is no folder" in done.stderr
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no database", "other tables"])
 def test_what_is_no_index_is_refused_with_the_way_out(content, tmp_path):
     path = tmp_path / "index.sqlite"
@@ -188,13 +238,45 @@ def test_what_is_no_index_is_refused_with_the_way_out(content, tmp_path):
 
 
 def test_the_text_counts_once(tmp_path):
-    """An index of English-like text is smaller than one and a half times the text (measured at scale by bench_search.py)."""
+    """An index of English-like text is smaller than one and a half times the text (measured at scale by bench_tools.py)."""
     rng = random.Random(0)
     words = [f"{a}{b}{c}" for a in "bdfgklmn" for b in ("an", "or", "ist", "el") for c in ("", "ing", "ers", "ation")]
     rows = [{"id": i, "text": " ".join(rng.choices(words, k=100))} for i in range(3_000)]
     indexed(tmp_path, rows)
     assert (tmp_path / "index.sqlite").stat().st_size < 1.5 * sum(len(row["text"]) for row in rows)
     assert Counter(path.suffix for path in tmp_path.iterdir()) == {".jsonl": 1, ".sqlite": 1}
+
+
+@pytest.mark.parametrize("query", ["city zzyzx", "city zzyzx xyzzy", "zzyzx city"])
+def test_a_word_of_no_passage_takes_nothing_away(query, tmp_path):
+    address = indexed(tmp_path, [{"text": f"city number{i}"} for i in range(6_000)] + [{"text": "hill"}] * 7_000)
+    assert ask(address, query, topk=1).text == ask(address, "city", topk=1).text == "1. Content: city number0"
+
+
+def test_common_words_are_ranked_by_bm25_too(tmp_path):
+    """Against the formula, in a corpus where rare words choose candidates: the best of those that hold a rare one."""
+    rng, names = random.Random(1), [f"w{n}" for n in range(400)]
+    weights = [1 / (n + 3) for n in range(400)]
+    texts = [" ".join(rng.choices(names, weights, k=rng.randint(5, 20))) for _ in range(20_000)]
+    address = indexed(tmp_path, [{"text": text} for text in texts])
+    split = [text.split() for text in texts]
+    counts, mean = Counter(word for words in split for word in set(words)), sum(map(len, split)) / len(split)
+
+    def bm25(words, query):
+        score = 0.0
+        for word in query:
+            idf = max(math.log((len(split) - counts[word] + 0.5) / (counts[word] + 0.5)), 1e-6)
+            f = words.count(word)
+            score += idf * f * 2.2 / (f + 1.2 * (0.25 + 0.75 * len(words) / mean))
+        return score
+
+    for _ in range(40):
+        query = rng.sample(names[:30], 4) + [rng.choice(names[200:])]  # common ones, and a rare one
+        rare = sorted(query, key=counts.get)
+        rare = [word for n, word in enumerate(rare) if n == 0 or sum(counts[w] for w in rare[:n + 1]) <= 5_000]
+        best = sorted((bm25(words, query) for words in split if set(rare) & set(words)), reverse=True)[:3]
+        got = re.split(r" ?\d+\. Content: ", ask(address, " ".join(query)).text)[1:]
+        assert [bm25(text.split(), query) for text in got] == pytest.approx(best, rel=1e-6)
 
 
 def test_common_words_alone_rank_the_first_passages(tmp_path):
