@@ -496,9 +496,7 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     todo = [batch for batch in batches if any((number, k) not in done for number in batch for k in range(samples))]
     with tqdm(total=len(wanted), initial=len(wanted) - samples * sum(map(len, todo)), desc="evaluate", unit=" items",
               disable=rank > 0) as bar:
-        for batch in batches[rank::world]:  # not of todo: another rank may have found less done
-            if batch not in todo:
-                continue
+        for batch in (b for b in batches[rank::world] if b in todo):  # not todo[…]: other ranks may have found less done
             part, found = [items[number] for number in batch], []
             if ask == "rag":
                 found = tools.search.search_many([tasks[number]["question"] for number in batch])
@@ -506,6 +504,8 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
                         for item, result in zip(part, found, strict=True)]
             played = _play(policy, part, tools, limits, chat, seed * 1_000_003 + batch[0], ask == "agent", group_size=samples,
                            temperature=temperature, prompt=prompt)
+            if tools.search and tools.search.spent:
+                raise ValueError("--search_budget is spent; the same command goes on, with the items that were under way")
             keys = [(number, sample) for number in batch for sample in range(samples)]
             rows = [_item_row(tasks[key[0]], key, *parts, benchmark, out) for key, parts in zip(keys, played, strict=True)]
             for row in rows if found else ():
@@ -911,8 +911,9 @@ def _run(args):
     chat = args.api and ChatModel(args.api, args.model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                                   timeout=args.api_timeout, patience=args.api_patience)
     search = None if args.tools == "off" else SearchTool(
-        args.corpus, args.topk, pages=args.search_pages, cache=args.search_cache,
-        budget=max(1, args.search_budget // world) if args.search_budget else None)
+        args.corpus, args.topk, pages=args.search_pages, cache=args.search_cache, budget=args.search_budget)
+    if search and os.environ.get("RANK", "0") == "0":
+        search.check()
     take_folder(out)
     _take_up(out, args)
     from model import load_policy  # here for the reason given in _play

@@ -308,7 +308,7 @@ def rollout_metrics(rows: list[dict]) -> dict[str, float]:
     return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
             "success": fmean(r["success"] for r in rows), "turns": fmean(len(r["turns"]) for r in rows),
             "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
-            "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn] or [1]),
+            "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn and not turn["lost"]] or [1]),
             "searches_lost": sum(turn.get("lost", False) for turn in turns),
             "stop_length": fmean(r["stop"] == "length" for r in rows),
             "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),

@@ -24,10 +24,11 @@ Covered, each line with its test:
 - the kernel: bpf, perf, keys, mounts, namespaces, 32-bit calls                                test_kernel
 - forged, malformed, endless replies; a server or a trainer killed in a call                   test_replies, test_killed
 - the state of one call, which cannot reach the next                                           test_state
-Not covered: names, sizes and dates of files (stat works); what libraries hold; pixels that earlier calls left in the memory of
-their server; time on the same cores; bugs of the kernel. Without Landlock (old kernels, gVisor) the code may open no file at
-all: it finds its picture as `image` and leaves a Pillow image as `result`. Without seccomp, or on no Linux, CodeTool refuses to
-start unless `unlocked=True`.
+Not covered: names, sizes and dates of files (stat works); what libraries hold; pixels and code that earlier calls left in the
+memory of their server; time on the same cores; the trainer's memory for results (48 MB each at most); bugs of the kernel.
+The output file is there from the start, empty, and no other can be made. Without Landlock (old kernels, gVisor) the code may
+open no file at all: it finds its picture as `image` and leaves a Pillow image as `result`. Without seccomp, or on no Linux,
+CodeTool refuses to start unless `unlocked=True`.
 """
 import ctypes
 import ipaddress
@@ -252,7 +253,11 @@ def _child(request: Frame, folder: str, line: int, lock: Lock | None) -> None:
         _confine(folder, timeout_ms / 1000, line, lock)
         os.write(LINE, LOCKED)
         os.dup2(0, 2)  # from here on errors are the model's
+        import numpy  # is loaded
+        random.seed(0), numpy.random.seed(0)  # the same call has the same result
         kind, text, image = _run_code(code, Image.frombytes("RGB", size, rgb), os.path.join(folder, OUTPUT))
+        text = text.replace(os.path.join(folder, ""), "").replace(folder, ".")  # its name is another each time, …
+        text = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", text)  # … and so are addresses
         with open(LINE, "wb") as file:
             file.writelines(_packed(_frame(KINDS.index(kind), text[:MAX_TEXT], image)))
     except BaseException:
@@ -269,6 +274,8 @@ def _confine(folder: str, timeout: float, line: int, lock: Lock | None) -> None:
     limits = {resource.RLIMIT_CPU: int(timeout) + 2, resource.RLIMIT_FSIZE: 64 << 20, resource.RLIMIT_NOFILE: 64,
               resource.RLIMIT_CORE: 1}  # bytes: at 0 the kernel would still feed a core to a crash reporter
     if sys.platform == "linux":
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # where memory runs out, the kernel ends this process, not the trainer
         with open("/proc/self/statm") as file:
             limits[resource.RLIMIT_AS] = int(file.read().split()[0]) * resource.getpagesize() + (2 << 30)
         _libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the server, which has one thread, …
@@ -288,18 +295,21 @@ def _confine(folder: str, timeout: float, line: int, lock: Lock | None) -> None:
 
 def _run_code(code: str, image: Image.Image, output: str) -> tuple[str, str, Image.Image | None]:
     """(kind, text, image) of one call."""
-    script = {"__name__": "__main__", "image": image}
+    script, said = {"__name__": "__main__", "__file__": "code.py", "image": image}, ""
     try:
-        with suppress(SystemExit):  # a script may end so; what counts is its output
-            # One dict for globals and locals, as in a script: functions and comprehensions see the imports.
-            exec(compile(code, "<code>", "exec", dont_inherit=True), script)
+        # One dict for globals and locals, as in a script: functions and comprehensions see the imports.
+        exec(compile(code, "<code>", "exec", dont_inherit=True), script)
+    except SystemExit as end:  # a script may end so; what counts is its output
+        said = f": {end.code}" if isinstance(end.code, str) else ""
     except BaseException as error:  # the model's code may raise anything
         return "memory" if isinstance(error, MemoryError) else "exception", f"Error: {_describe(error)}", None
     try:
+        made = result if isinstance(result := script.get("result"), Image.Image) else None
+        script.clear()  # closes the files that it left open
         if os.path.exists(output) and os.path.getsize(output):
             made = Image.open(output, formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF"))
-        elif not isinstance(made := script.get("result"), Image.Image):
-            return "no_output", f"Error: the code wrote no '{OUTPUT}'", None
+        elif made is None:
+            return "no_output", f"Error: the code wrote no '{OUTPUT}'{said}", None
         if made.width * made.height > MAX_PIXELS:  # the header claims so: nothing is decoded yet
             raise ValueError(f"it has {made.width}x{made.height} pixels, more than {MAX_PIXELS}")
         ImageOps.exif_transpose(made, in_place=True)
@@ -311,7 +321,7 @@ def _run_code(code: str, image: Image.Image, output: str) -> tuple[str, str, Ima
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()  # here, not in the threads that share it
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -336,6 +346,7 @@ def _png(size: tuple[int, int], rgb: bytearray) -> list[bytes]:
 
 
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # and nothing of ours
+                      "PYTHONHASHSEED": "0",  # sets in the same order each time
                       "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a fresh child touches many pages: large ones save a fifth
 LOCK_TEST = """
 import os, socket
@@ -350,11 +361,14 @@ for attempt in (socket.socket, lambda: os.getsid(0), lambda: os.listdir("/")):
 
 def _serve(unlocked: bool) -> None:
     """Answers the requests on file descriptor 0 until the trainer closes its end or dies."""
-    import numpy, PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter  # noqa: E401, F401  warm for every child
+    import numpy.random, PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter, PIL.ImageShow  # noqa: E401, F401  warm for all
+    PIL.ImageShow._viewers.clear()  # much code ends by showing its picture: no viewer, no error
     with suppress(ImportError):
         import cv2
         cv2.setNumThreads(0)  # threads do not survive a fork
+        cv2.imshow = cv2.namedWindow = cv2.waitKey = cv2.destroyAllWindows = lambda *args: -1  # likewise
     Image.init()
+    sys.argv = ["code.py"]
     lock, warning = None, ""
     if not unlocked:
         if sys.platform != "linux" or platform.machine() not in MACHINES:
@@ -470,12 +484,12 @@ class CodeTool:
                 raise RuntimeError("the code server failed by itself; its traceback is on stderr") from error
             return None
 
-    def _start(self) -> tuple[subprocess.Popen, socket.socket, str]:
+    def _start(self, again: bool = True) -> tuple[subprocess.Popen, socket.socket, str]:
         """A server that works: neither environment nor open files pass to it. RuntimeError if it does not start."""
         ours, theirs = socket.socketpair()
         folder = tempfile.mkdtemp(prefix="code_tool_")
         with theirs:
-            command = [sys.executable, "-I", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
+            command = [sys.executable, "-sP", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
             process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True,
                                        env=SERVER_ENVIRONMENT)
         with suppress(EOFError, OSError):
@@ -485,8 +499,10 @@ class CodeTool:
                     warnings.warn(warning, stacklevel=2)
                 return process, ours, folder
         status = self._stop(process, ours, folder)
+        if status < 0 and again:  # killed
+            return self._start(again=False)
         raise RuntimeError(f"the code server does not start (exit status {status}, see its message on stderr); where the "
-                           "kernel cannot lock code in, unlocked=True accepts plain child processes")
+                           "kernel cannot lock code in, unlocked=True (--code_unlocked True) accepts plain child processes")
 
     def _stop(self, process: subprocess.Popen, sock: socket.socket, folder: str) -> int:
         """The exit status, negative if a signal of others ended it."""
@@ -504,7 +520,7 @@ class CodeTool:
 # ---- the search tool
 Passages = list[tuple[str, str]]  # [(text, address of its page or "")], best first
 FETCH_SECONDS, RETRY_SECONDS = 20.0, 60.0  # of one request; of all tries of one `search_many`
-MAX_BODY = 4 << 20  # bytes of an answer
+MAX_BODY, MAX_ADDRESS = 4 << 20, 8_000  # bytes of an answer; characters
 MAX_PASSAGE = 1_200  # characters of a passage that the model reads
 PAGE_PASSAGE = 600  # characters of a passage of a page
 
@@ -549,11 +565,12 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
 
     def search(query: str, topk: int) -> Passages:
         words = distinct_words(query)[:64]  # plenty; thousands would take seconds
-        if not words:
-            return []
         known = f"SELECT * FROM common WHERE word IN ({', '.join('?' * len(words))})"
         counts = dict.fromkeys(words, 0) | dict(database.execute(known, words))
-        words.sort(key=counts.get)
+        seen = "SELECT 1 FROM words WHERE words MATCH ? LIMIT 1"  # a word of no passage must choose no candidates
+        words = sorted((w for w in words if counts[w] or database.execute(seen, (w,)).fetchone()), key=counts.get)
+        if not words:
+            return []
         # To rank all that have "the" would take seconds: the rarest words choose the candidates, the others but score them,
         # save those in most passages, which weigh nothing in BM25. FTS5 has no optional words: so the rare ones are asked for
         # again beside the others, and these twice. That doubles all scores and leaves their order.
@@ -592,7 +609,7 @@ def open_serper(address: str) -> Callable[[str, int], Passages]:
 
     def search(query: str, topk: int) -> Passages:
         results = json.loads(fetch(url, {"q": query, "num": topk}, {"X-API-KEY": key})[0]).get("organic", [])
-        passages = [(str(item.get("snippet") or item.get("title", "")), str(item.get("link", ""))) for item in results[:topk]]
+        passages = [(str(item.get("snippet") or item.get("title") or ""), str(item.get("link", ""))) for item in results[:topk]]
         return [(text, link) for text, link in passages if text]
     return search
 
@@ -612,62 +629,87 @@ class SearchTool:
 
     pages   of so many results the pages are read too, and the passages nearest to the query taken from all of them
     cache   a file in which answers from the network are kept, for all ranks and runs
-    budget  searches that may be sent over the network, retries included; after them all new queries fail, and `spent` is True
+    budget  searches that all ranks of torchrun together may send over the network, retries included, 0: no end; after its
+            share of them a rank's new queries fail, and `spent` is True
     """
 
-    def __init__(self, backend: str, topk: int = 3, *, pages: int = 0, cache: str | None = None, budget: int | None = None):
+    def __init__(self, backend: str, topk: int = 3, *, pages: int = 0, cache: str | None = None, budget: int = 0):
         scheme = backend.partition(":")[0]
         if scheme not in BACKENDS:
             raise ValueError(f"unknown search backend {backend!r}; known schemes: {', '.join(BACKENDS)}")
-        if pages < 0 or budget is not None and budget < 0:
-            raise ValueError(f"neither pages ({pages}) nor the budget ({budget}) of a search can be negative")
+        if topk < 1 or pages < 0 or budget < 0:
+            raise ValueError(f"a search needs a topk ({topk}) from 1, pages ({pages}) and a budget ({budget}) from 0")
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if 0 < budget < ranks:
+            raise ValueError(f"--search_budget {budget} does not divide among {ranks} ranks; give at least {ranks}")
         if pages and scheme != "serper":
             raise ValueError(f"the search backend {backend!r} names no pages to read: this needs serper")
         self.topk, self.spent, self._pages, self._sent = topk, False, pages, 0
         self._ask, self._pool, self._key = BACKENDS[scheme](backend), ThreadPoolExecutor(8), [backend, topk, pages]
-        self._budget = budget if scheme != "sqlite" else None
+        self._budget = budget // ranks if budget and scheme != "sqlite" else None
         self._cache = _open_cache(cache) if cache and scheme != "sqlite" else None
         self._lock, self._cache_lock = threading.Lock(), threading.Lock()  # two: the cache may wait for other processes
 
     def search_many(self, queries: list[str]) -> list[ToolResult]:
         """Side by side; the results stand in the order of the queries, equal ones are asked once. Nothing that
         the network does is raised."""
-        give_up = time.monotonic() + RETRY_SECONDS
+        self._give_up = self._cache_give_up = time.monotonic() + RETRY_SECONDS
         queries = [" ".join(query.encode("utf-8", "replace").decode().split()) for query in queries]
         distinct = {query.lower(): query for query in queries}
-        results = dict(zip(distinct, self._pool.map(lambda query: self._query(query, give_up), distinct.values()), strict=True))
+        results = dict(zip(distinct, self._pool.map(self._query, distinct.values()), strict=True))
         return [results[query.lower()] for query in queries]
 
-    def _query(self, query: str, give_up: float) -> ToolResult:
+    def check(self) -> None:
+        """Ask once, beside cache and budget. ValueError if the backend does not answer: better now than in every step."""
+        budget, self._budget = self._budget, None
+        self._give_up = time.monotonic() + RETRY_SECONDS
+        try:
+            self._ask_patiently("test")
+        except RequestFailed as failure:
+            raise ValueError(f"the search backend {self._key[0]!r} does not answer: {failure}") from failure
+        finally:
+            self._budget, self._sent = budget, 0
+
+    def _query(self, query: str) -> ToolResult:
         started = time.monotonic()
         if not query:
             return ToolResult(False, "The query is empty.", None, "empty_query", 0.0)
         try:
-            passages = self._look_up(query, give_up)
+            passages = self._look_up(query)
         except RequestFailed as failure:
             return ToolResult(False, f"The search failed: {failure}.", None, str(failure), time.monotonic() - started)
         text = " ".join(f"{rank}. Content: {_shorten(passage)}" for rank, passage in enumerate(passages, start=1))
         error = None if passages else "no_results"
         return ToolResult(bool(passages), text or "No results.", None, error, time.monotonic() - started)
 
-    def _look_up(self, query: str, give_up: float) -> list[str]:
+    def _look_up(self, query: str) -> list[str]:
         """From the cache, or asked and put there: also where a page could not be read, or it would be tried for ever."""
         key = json.dumps([*self._key, query.lower()])
-        with suppress(sqlite3.Error), self._cache_lock:  # one that is locked for long, or full, costs a request, not the run
-            sql = "SELECT passages FROM answers WHERE key = ?"  # fetched whole: an open query holds off other ranks' writes
-            for (known,) in self._cache.execute(sql, (key,)).fetchall() if self._cache else ():
-                return json.loads(known)
-        found = self._ask_patiently(query, give_up)
+        for (known,) in self._cached("SELECT passages FROM answers WHERE key = ?", key):
+            with suppress(ValueError, TypeError):  # damaged
+                passages = json.loads(known)
+                if isinstance(passages, list) and all(isinstance(text, str) for text in passages):
+                    return passages
+        found = self._ask_patiently(query)
         passages = self._read_pages(query, found) if self._pages else [text for text, _ in found]
-        with suppress(sqlite3.Error), self._cache_lock:
-            if self._cache:
-                self._cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(passages)))
+        self._cached("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(passages))
         return passages
 
-    def _ask_patiently(self, query: str, give_up: float) -> Passages:
+    def _cached(self, sql: str, *values: str) -> list[tuple]:
+        """The rows, fetched whole: an open query holds off other ranks' writes. A cache that is locked for long, full or
+        broken costs a request, not the run."""
+        try:
+            with self._cache_lock:
+                in_time = self._cache and time.monotonic() < self._cache_give_up
+                return self._cache.execute(sql, values).fetchall() if in_time else []
+        except sqlite3.Error as error:
+            warnings.warn(f"the search cache fails: {error}", stacklevel=2)
+            return []
+
+    def _ask_patiently(self, query: str) -> Passages:
         failure = RequestFailed("timeout")  # of those whose turn comes too late
         for attempt in count():
-            if time.monotonic() > give_up:
+            if time.monotonic() > self._give_up:
                 raise failure
             with self._lock:
                 if self._budget is not None and self._sent >= self._budget:
@@ -675,14 +717,17 @@ class SearchTool:
                     raise RequestFailed("budget")
                 self._sent += 1
             try:
-                return self._ask(query, self.topk)
+                found = self._ask(query, self.topk)
+                self._give_up = time.monotonic() + RETRY_SECONDS  # slow is not dead: whoever waits may wait on
+                return found
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or of another shape
                 failure = RequestFailed("bad_reply", None)
             except RequestFailed as error:
                 failure = error
+            warnings.warn(f"the search backend fails: {failure}", stacklevel=2)  # shown once for each kind
             wait = max(failure.retry_after or 0.0, 0.5 * 2 ** attempt)
             wait *= random.SystemRandom().uniform(1.0, 1.5)  # ranks that fail together do not come back together
-            if time.monotonic() + wait > give_up:
+            if time.monotonic() + wait > self._give_up:
                 raise failure
             time.sleep(wait)
 
@@ -705,6 +750,7 @@ def _open_cache(path: str) -> sqlite3.Connection:
     try:
         cache = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
         cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, passages TEXT)")
+        cache.execute("SELECT key, passages FROM answers LIMIT 1")  # a foreign table fails here
     except sqlite3.Error as error:
         raise ValueError(f"the search cache {path} is unusable ({error}): delete it or name another file") from error
     return cache
@@ -727,12 +773,14 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
     seconds = FETCH_SECONDS if seconds is None else max(seconds, 0.001)
     deadline, sockets = time.monotonic() + seconds, []
 
-    def connect(address, timeout, _source):
-        sock = socket.create_connection(_public_address(*address) if public else address, timeout)
-        sockets.append(sock.dup())  # a second handle, as TLS takes the first one over
-        if time.monotonic() >= deadline:  # looking the name up has taken all the time, and nobody will hang up
-            raise TimeoutError
-        return sock
+    def connect(address, _timeout, _source):
+        for one in _addresses(*address, public):
+            with suppress(OSError):
+                sock = socket.create_connection(one, max(deadline - time.monotonic(), 0.001))
+                sockets.append(sock.dup())  # a second handle, as TLS takes the first one over
+                if time.monotonic() < deadline:  # else nobody will hang up
+                    return sock
+        raise ConnectionError(f"nobody answers at {address}")
 
     def hang_up():  # a socket's own timeout starts anew with every byte; this one does not
         for sock in sockets:
@@ -746,18 +794,20 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
             status, head, body = _exchange(url, payload, headers or {}, connect, deadline)
             if not public or status not in (301, 302, 303, 307, 308):
                 break
-            url = urljoin(url, head.get("Location", ""))
+            url = urljoin(url, head.get("Location", "")[:MAX_ADDRESS + 1])
         if status != 200:
             passes = status in (408, 409, 429) or status >= 500
             wait = _retry_after(head.get("Retry-After", "")) if passes else float("inf")
             raise RequestFailed(f"http_{status}", wait, body[:MAX_TEXT].decode("utf-8", "replace"))
+        if len(head.get("Content-Type", "")) > 1_000:
+            raise ValueError("email takes for ever to read such a header")
         charset = head.get_content_charset("utf-8")  # of a text: Python knows others too, some of which take for ever
         known = re.match(r"utf-?(8|16|32)|iso|windows|cp|gb|big5|euc|shift|koi8|(us-)?ascii|latin", charset)
         if len(body) > MAX_BODY or time.monotonic() >= deadline or not known or "Content-Encoding" in head or (
                 public and head.get_content_maintype() != "text"):
             raise ValueError("too long, cut off, or of a kind that was not asked for")
         return body.decode(charset, "replace"), head.get_content_subtype()
-    except (OSError, HTTPException, LookupError, ValueError) as error:
+    except (OSError, HTTPException, LookupError, ValueError, TypeError) as error:  # TypeError: email's, of odd headers
         kind = "unreachable" if isinstance(error, OSError) else "bad_reply"
         late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
         raise RequestFailed("timeout" if late else kind, None) from error
@@ -782,11 +832,11 @@ def _exchange(url, payload, headers, connect, deadline):
     with closing(kind(parts.hostname, parts.port, timeout=max(deadline - time.monotonic(), 0.001))) as connection:
         connection._create_connection = connect
         data = None if payload is None else json.dumps(payload).encode()
-        path = quote(parts._replace(scheme="", netloc="", fragment="").geturl() or "/", safe="%/:=&?~+!$,;'@()*[]")
+        target = parts._replace(scheme="", netloc="", path=parts.path or "/", fragment="").geturl()
         headers = {"User-Agent": "visual-arft", **({"Content-Type": "application/json"} if data else {}), **headers}
         connection.connect()
         with suppress(ConnectionError):  # who refuses a long payload may answer and hang up before its end
-            connection.request("POST" if data else "GET", path, data, headers)
+            connection.request("POST" if data else "GET", quote(target, safe="%/:=&?~+!$,;'@()*[]"), data, headers)
         response, body = connection.getresponse(), bytearray()
         while len(body) <= MAX_BODY and (part := response.read1(1 << 16)):  # read() believes what a chunk says of its length
             body += part
@@ -797,25 +847,30 @@ def _exchange(url, payload, headers, connect, deadline):
 
 def split_address(url: str) -> SplitResult:
     """The parts of an address of a web server; ValueError if it is none."""
+    if len(url) > MAX_ADDRESS:  # urllib takes for ever to read some, and remembers all
+        raise ValueError("no address of a web server: too long")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # .port raises a ValueError by itself
         raise ValueError(f"no address of a web server: {url!r}")
     return parts
 
 
-def _public_address(host: str, port: int) -> tuple[str, int]:
-    """Resolved once, so that the address which is checked is the one connected to. IPv4: one form, no tunnels."""
-    address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-    if not ipaddress.ip_address(address).is_global or ipaddress.ip_address(address).is_multicast:
-        raise ValueError(f"{host} is not of the public internet")
-    return address, port
+def _addresses(host: str, port: int, public: bool) -> list[tuple[str, int]]:
+    """Of a name, which is resolved once, so that the address which is checked is the one connected to. A public one is
+    IPv4: one form, no tunnels."""
+    found = socket.getaddrinfo(host, port, socket.AF_INET if public else 0, socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(address[:2] for *_, address in found))
+    for address in map(ipaddress.ip_address, (name for name, _ in addresses) if public else ()):
+        if not address.is_global or address.is_multicast or str(address) == "168.63.129.16":  # that one: Azure's own host
+            raise ValueError(f"{host} is not of the public internet")
+    return addresses
 
 
 def page_text(html: str) -> str:
     """The text of a page without tags, scripts and styles. Linear in its length, on hostile pages too."""
-    first, *rest = re.split(r"<(/?(?:script|style))\b[^<>]*>", html, flags=re.IGNORECASE)
+    first, *rest = re.split(r"<(/?(?:script|style))(?![\w-])[^<>]*>", html, flags=re.IGNORECASE)
     shown = [first, *(text for tag, text in zip(rest[::2], rest[1::2]) if tag[0] == "/")]
-    text = re.sub("<[^<>]*>?", " ", " ".join(shown))
+    text = re.sub("<(?=[a-zA-Z/!?])[^<>]*>?", " ", " ".join(shown))
     with suppress(ValueError):  # a reference of more than 4,300 digits
         text = unescape(text)
     return text

@@ -307,10 +307,10 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
     if 0 < config.eval_limit < len(held_out):
         held_out = random.Random(0).sample(held_out, config.eval_limit)  # in file order the first ones are of one family
-    if 0 < config.search_budget < world:
-        raise ValueError(f"--search_budget {config.search_budget} does not divide among {world} ranks; give at least {world}")
     search = SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
-                        budget=config.search_budget // world if config.search_budget else None)
+                        budget=config.search_budget)
+    if os.environ.get("RANK", "0") == "0":
+        search.check()
     take_folder(out)  # at the end: a run that is refused leaves none
     (out / "rollouts").mkdir(exist_ok=True)
     return tasks, held_out, search
@@ -345,13 +345,13 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
         signal.signal(number, lambda number, _: signals.append(signal.Signals(number).name))
 
     def reasons() -> list[str]:  # of this rank to end the run
-        return (signals[:1] + [f"--search_budget {config.search_budget} is spent"] * search.spent
+        return (signals[:1] + [f"--search_budget {config.search_budget} is spent (each rank has its share)"] * search.spent
                 + [f"{skipped} steps in a row had a loss or gradient that is not finite"] * (skipped >= config.max_skipped))
 
     def stop(where: str, why: str) -> None:
         if lead:
             print(f"stopped {where}: {why}; --resume goes on", file=sys.stderr)
-        sys.exit(0 if why.startswith("SIG") else 1)
+        sys.exit(1 if "not finite" in why else 0)  # a failure is what torchrun --max-restarts starts again
     with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code_tool:
         tools = Tools(code_tool, search)
         if first == 0 or config.eval_every and first % config.eval_every == 0:  # unless its row is there

@@ -253,7 +253,7 @@ def test_with_tools_the_instructions_are_those_of_training(monkeypatch):
 
 def test_rag_searches_once_for_the_question(monkeypatch):
     class Search:
-        queries = []
+        queries, spent = [], False
 
         def search_many(self, queries):
             self.queries.append(queries)

@@ -35,7 +35,9 @@ from rollout import Limits, Rollout, Tools, Turn, replay, roll_out
 from tools import Action, SearchTool, ToolResult
 from train import Config, prepare, reward_parts
 
+pytestmark = pytest.mark.filterwarnings("ignore:the search")
 ROOT = Path(__file__).parent.parent
+OFFLINE = ROOT / "data" / "offline"
 FETCH = 0.5  # seconds that a test gives a request that is to fail in time; others get 10
 SLACK = 2.0  # seconds that a busy machine may add
 PATIENCE = 5.0  # seconds after which a slow or endless server ends by itself, for the case that nobody hangs up
@@ -674,7 +676,7 @@ def with_pages(serve, pages, links=("page",)):
 @pytest.fixture
 def anywhere(monkeypatch):
     """Pages may be of the loopback interface."""
-    monkeypatch.setattr(tools, "_public_address", lambda host, port: (host, port))
+    monkeypatch.setattr(tools, "_addresses", lambda host, port, public: [(host, port)])
 
 
 def page_result(server, query="snowy owl", pages=1, topk=2, **options):
@@ -719,6 +721,8 @@ def deflated(handler, request):
 BAD_PAGES = {
     "image": (b"snowy owl", "image/png"), "pdf": (b"snowy owl", "application/pdf"), "deflated": deflated,
     "punycode": (b"snowy-" + b"b" * 400_000, "text/html; charset=punycode"),  # decoding it is quadratic
+    "a header that email cannot sort": (b"snowy owl", "text/html; charset*=utf-8''a; charset*0=b"),
+    "a header that email reads for ever": (b"snowy owl", 'text/html; a="' + ";" * 30_000 + 3 * ("\r\n " + ";" * 60_000)),
     **{name: FAULTS[name][0] for name in ("silent", "slow body", "slow headers", "endless body", "endless chunk of length -1",
                                           "reset", "no HTTP", "unknown charset", "status 404", "status 500")}}
 
@@ -771,6 +775,69 @@ def test_pages_redirect(serve):
     server = with_pages(serve, {**hops, "end": ("The snowy owl.", "text/html")}, ["hop0"])
     assert page_result(server, topk=1).text == "1. Content: The snowy owl."
     assert [request.path for request in server.seen] == ["/search", "/hop0", "/hop1", "/hop2", "/hop3", "/end"]
+    server.seen.clear()
+    hops |= {"hop3": redirect("/hop4"), "hop4": redirect("/end")}
+    server = with_pages(serve, {**hops, "end": ("The snowy owl.", "text/html")}, ["hop0"])
+    assert page_result(server, topk=1).text == f"1. Content: {SNIPPET}"  # one too many
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_only_the_first_pages_are_read(serve):
+    server = with_pages(serve, {name: (f"The snowy owl {name}.", "text/html") for name in "ab"}, ["a", "b"])
+    assert page_result(server, topk=1).text == "1. Content: The snowy owl a."
+    assert [request.path for request in server.seen] == ["/search", "/a"]
+
+
+@pytest.mark.parametrize("url", ["http://a" + "\u0301" * 80_000, "http://127.0.0.1/" + "a" * 9_000])
+def test_a_link_that_takes_for_ever_to_read_is_not_read(url):
+    started = time.thread_time()
+    with pytest.raises(tools.RequestFailed):
+        tools.fetch(url, public=True, seconds=1.0)
+    assert time.thread_time() - started < 1.0
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_redirect_to_a_long_address_ends(serve):
+    server = with_pages(serve, {"page": redirect("/" + "a" * 60_000)})
+    assert page_result(server).text == f"1. Content: {SNIPPET}" and len(server.seen) == 2
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_an_address_without_a_path_has_one(serve):
+    server = serve(about)
+    tools.fetch(server.url.replace("/search", "?x=1"), {"queries": ["owl"]})
+    assert [request.path for request in server.seen] == ["/?x=1"]
+
+
+def test_a_name_with_many_addresses_takes_no_longer(serve, monkeypatch):
+    """Addresses that never answer share the time; the first one that answers is taken."""
+    with ExitStack() as stack:
+        deaf = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0)) for _ in range(4)]
+        for server in deaf:  # a queue that is full: further connections wait
+            stack.enter_context(socket.create_connection(server.getsockname()))
+        targets = [server.getsockname() for server in deaf]
+        monkeypatch.setattr(tools, "_addresses", lambda *_: targets)
+        started = time.monotonic()
+        with pytest.raises(tools.RequestFailed, match="timeout"):
+            tools.fetch("http://many.example/", seconds=FETCH)
+        assert FETCH <= time.monotonic() - started < FETCH + 1.0
+    good = serve(about)
+    monkeypatch.setattr(tools, "_addresses", lambda *_: [("127.0.0.1", 1), ("127.0.0.1", good.server_port)])
+    assert "about owl" in tools.fetch("http://many.example/", {"queries": ["owl"]})[0]
+
+
+def test_requests_leave_nothing_behind(serve):
+    server = serve(replies((200, found("owl"), {}), (500, {}, {}), (200, found("owl"), {})))
+    with suppress(tools.RequestFailed):
+        tools.fetch(server.url, {})
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(50):
+        with suppress(tools.RequestFailed):
+            tools.fetch(server.url, {})
+    end = time.monotonic() + 5
+    while threading.active_count() > before[1] + 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/fd")) <= before[0] + 2 and threading.active_count() <= before[1] + 1
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -816,7 +883,9 @@ def test_page_text_is_linear(name):
 
 
 def test_page_text_keeps_what_people_read():
-    page = "a<br>b<!-- c --><p class='<'>d</p><Script>e</SCRIPT>f<style/>g</style>h &eacute;&#8364;&#x20ac; &unknown; 1 &lt; 2"
+    page = "T < 0 degrees <b>and</b> a <3 b.<script-loader x>c</script-loader>"
+    assert tools.page_text(page) == "T < 0 degrees  and  a <3 b. c "
+    page = "a<br>b<!-- c --><p class='c'>d</p><Script>e</SCRIPT>f<style/>g</style>h &eacute;&#8364;&#x20ac; &unknown; 1 &lt; 2"
     assert "".join(tools.page_text(page).split()) == "abdfh" + html.unescape("é€€&unknown;1<2")
 
 
@@ -840,7 +909,8 @@ PRIVATE = [
     "127.0.0.1", "localhost", "LOCALHOST.", "127.1", "127.255.255.254", "0.0.0.0", "0", "2130706433", "0x7f.1", "0x7f000001",
     "0177.0.0.1", "017700000001", "１２７.0.0.1", "①②⑦.0.0.1", "127.0.0.1%00.a.example", "public@127.0.0.1",
     "a.example:80@127.0.0.1", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[fe80::1]", "[fc00::1]", "10.0.0.1",
-    "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255"]
+    "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255",
+    "168.63.129.16"]
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -856,9 +926,9 @@ def test_no_page_of_the_own_host_or_network_is_read(serve, dialled, host, scheme
 def test_no_redirect_leads_to_the_own_host(serve, monkeypatch, dialled, host):
     listener = serve(lambda handler, request: send(handler, b"secret", kind="text/html"))
     server = with_pages(serve, {"page": redirect(f"http://{host}:{listener.server_port}/")}, ["http://allowed.example/page"])
-    check = tools._public_address
-    monkeypatch.setattr(tools, "_public_address", lambda name, port: (
-        ("127.0.0.1", server.server_port) if name == "allowed.example" else check(name, port)))
+    check = tools._addresses
+    monkeypatch.setattr(tools, "_addresses", lambda name, port, public: (
+        [("127.0.0.1", server.server_port)] if name == "allowed.example" else check(name, port, public)))
     assert page_result(server).text == f"1. Content: {SNIPPET}"
     assert [request.path for request in server.seen] == ["/search", "/page"]  # it was followed up to there
     assert listener.calls == 0 and dialled == ["127.0.0.1"] * 2
@@ -961,6 +1031,11 @@ def test_an_observation_is_cut_to_its_tokens(policy, serve, words):
         assert len(encode_text(policy, inside)) <= tokens + 12
 
 
+def test_nothing_is_read_out_of_a_title_that_is_null(serve):
+    server = serve(replies((200, {"organic": [{"title": None, "snippet": None}, {"title": "Owl"}]}, {})))
+    assert ask(f"serper:{server.url}").text == "1. Content: Owl"
+
+
 def test_any_text_of_a_server_can_be_read(policy, serve):
     text = json.dumps(found("half X nul \0 end </information> <answer> 9 </answer>")).replace("X", "\\ud83d").encode()
     result, observation = observe(policy, serve(replies((200, text, {}))), 512)
@@ -986,7 +1061,7 @@ def test_a_page_that_breaks_off_is_not_read(serve):
 
 
 def test_local_searches_are_free():
-    search = SearchTool(f"sqlite:{ROOT / 'data' / 'offline' / 'corpus.sqlite'}", budget=1)
+    search = SearchTool(f"sqlite:{OFFLINE / 'corpus.sqlite'}", budget=1)
     assert all(result.ok for result in search.search_many(["coin of France", "ship of Italy"])) and not search.spent
 
 
@@ -1012,11 +1087,50 @@ def test_a_cache_that_others_hold_stops_no_other_query(serve, tmp_path):
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("damage", ['["x"', "", None, 7, "[null]", b"\xff", '"abc"', "{}"], ids=repr)
+def test_a_damaged_answer_is_asked_again(serve, tmp_path, damage):
+    server, cache = serve(about), tmp_path / "cache.sqlite"
+    assert ask(server.url, cache=str(cache)).ok
+    with closing(sqlite3.connect(cache, isolation_level=None)) as database:
+        database.execute("UPDATE answers SET passages = ?", (damage,))
+    for _ in range(2):
+        assert ask(server.url, cache=str(cache)).text == "1. Content: This is about owl."
+    assert len(server.seen) == 2  # and kept
+
+
+def test_a_cache_that_others_hold_for_long_is_done_without(serve, tmp_path, monkeypatch):
+    """All queries wait for it together, no longer than for a server; the console says so."""
+    server, cache = serve(about), tmp_path / "cache.sqlite"
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, timeout, **more: connect(*args, timeout=0.2, **more))
+    search = SearchTool(server.url, cache=str(cache))
+    with closing(connect(cache, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        with pytest.warns(UserWarning, match="the search cache fails: database is locked"):
+            search.search_many([f"query {n}" for n in range(32)])
+        assert time.monotonic() - started < tools.RETRY_SECONDS + 2.0
+        other.execute("ROLLBACK")
+
+
+def test_a_slow_server_is_not_a_dead_one(serve, monkeypatch):
+    """One query after the other, longer in all than a dead server is waited for."""
+    turn = threading.Lock()
+
+    def slow(handler, request):
+        with turn:
+            time.sleep(0.1)
+        about(handler, request)
+    monkeypatch.setattr(tools, "RETRY_SECONDS", 1.5)
+    results = SearchTool(serve(slow).url).search_many([f"query {n}" for n in range(40)])
+    assert all(result.ok for result in results)
+
+
 # ---- a whole run ---------------------------------------------------------------------------------------------------
 
 def retrieval_server():
     """(handler, request) -> the passages of the shipped corpus that share most words with the query."""
-    rows = [json.loads(line) for line in (ROOT / "data" / "offline" / "corpus.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (OFFLINE / "corpus.jsonl").read_text().splitlines()]
     texts = [f'"{row["title"]}"\n{row["contents"]}' for row in rows]
     words = [set(re.findall(r"\w+", text.lower())) for text in texts]
 
@@ -1029,20 +1143,28 @@ def retrieval_server():
 
 @pytest.fixture
 def train(serve, tmp_path):
-    """Runs train.py on one rank, on the server of retrieval_server(), with a cache that each name of a run has for itself."""
+    """Runs train.py on one rank, on the server of retrieval_server(), with a cache that each name of a run has for itself.
+
+    train.queries() are those that it has sent since they were asked for last, but for the one that each start begins with.
+    """
     server = serve(retrieval_server())
+
+    def queries():
+        sent = [request.body["queries"][0].lower() for request in server.seen]
+        server.seen.clear()
+        return [query for query in sent if query != "test"]
 
     def run(name, *flags):
         return run_script("train.py", "--corpus", server.url, "--search_cache", tmp_path / f"{name}.sqlite", "--topk", "1",
                           "--steps", "2", "--prompts_per_step", "2", "--group_size", "4", "--max_turns", "3",
                           "--eval_tasks", "", "--beta", "0", "--output_dir", tmp_path / name, *flags)
-    run.server = server
+    run.queries, run.server = queries, server
     return run
 
 
 def check_stopped(done, where):
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "done in" not in done.stdout, done.stderr
-    assert re.search(rf"stopped {where}: --search_budget \d+ is spent; --resume goes on", done.stderr), done.stderr
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "done in" not in done.stdout, done.stderr
+    assert re.search(rf"stopped {where}: --search_budget \d+ is spent .*; --resume goes on", done.stderr), done.stderr
 
 
 def rows(path):
@@ -1052,17 +1174,16 @@ def rows(path):
 def test_training_stops_at_its_search_budget_and_goes_on(train, tmp_path):
     """Stopped before its first step and before a later one, resumed: the metrics and weights of a run that was left alone."""
     assert train("alone").returncode == 0
-    queries = [request.body["queries"][0].lower() for request in train.server.seen]
+    queries = train.queries()
     assert len(set(queries)) == len(queries) >= 4  # none asked twice; six where the sampling is as on our CPUs
-    train.server.seen.clear()
     out = tmp_path / "run"
     check_stopped(train("run", "--search_budget", "1"), "before step 1")
-    assert len(train.server.seen) == 1 and not list(out.glob("checkpoint-*"))  # nothing is learnt yet
+    assert len(train.queries()) == 1 and not list(out.glob("checkpoint-*"))  # nothing is learnt yet
     check_stopped(train("run", "--resume", "--search_budget", str(len(queries) - 2)), "before step 2")
-    assert len(train.server.seen) == len(queries) - 1 and (out / "checkpoint-1").is_dir()
+    assert len(train.queries()) == len(queries) - 2 and (out / "checkpoint-1").is_dir()
     resumed = train("run", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert len(train.server.seen) == len(queries)
+    assert len(train.queries()) == 1
     kept = [{name: value for name, value in row.items() if "second" not in name and name != "tokens_per_s"}
             for folder in ("alone", "run") for row in rows(tmp_path / folder / "metrics.jsonl")]
     assert kept[:2] == kept[2:]
@@ -1079,6 +1200,61 @@ def test_an_evaluation_without_budget_is_no_evaluation(train, tmp_path):
     done = train("run", *more)
     assert done.returncode == 0, done.stderr
     assert [(row["step"], row["tools"]) for row in rows(tmp_path / "run" / "evaluations.jsonl")] == [(1, "on"), (1, "off")]
+
+
+def test_evaluate_stops_at_its_search_budget_and_goes_on(serve, tmp_path):
+    """What was asked without a budget is no answer of the model's: those items are left undone."""
+    server, out, tasks = serve(retrieval_server()), tmp_path / "run", json.loads((OFFLINE / "heldout.json").read_text())
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks[:4] + tasks[-8:]))  # four of the coding family, eight searches
+    command = ("evaluate.py", "--model", ROOT / "data" / "model", "--tasks", tmp_path / "tasks.json", "--image_folder", OFFLINE,
+               "--batch_size", "2", "--corpus", server.url, "--search_cache", tmp_path / "cache.sqlite", "--output_dir", out)
+    stopped = run_script(*command, "--search_budget", "4")
+    assert stopped.returncode == 2 and "--search_budget is spent; the same command goes on" in stopped.stderr
+    played = rows(out / "items.jsonl")
+    assert 4 < len(played) < 12 and not any(turn.get("lost") for row in played for turn in row["turns"])
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(out / "items.jsonl")) == 12
+    assert "budget" not in json.loads((out / "scores.json").read_text())["tools"]["errors"]
+
+
+def test_training_goes_on_without_its_search_server(train, tmp_path):
+    """The model reads why, the metrics count it, the policy is not blamed for it, and the console says so at once."""
+    works = train.server.reply
+    train.server.reply = lambda handler, request: (
+        works if request.body["queries"] == ["test"] else status(400))(handler, request)
+    done = train("run", "--rollouts_every", "1")
+    assert done.returncode == 0 and "done in" in done.stdout and "searches lost" in done.stdout, done.stderr
+    assert done.stderr.count("the search backend fails: http_400") == 1
+    read = []
+    for row in rows(tmp_path / "run" / "metrics.jsonl"):
+        episodes = rows(tmp_path / "run" / "rollouts" / f"step_{row['step']}.jsonl")
+        calls = [turn for episode in episodes for turn in episode["turns"] if "ok" in turn]
+        searches, codes = ([turn for turn in calls if turn["action"] == kind] for kind in ("search", "code"))
+        read += [turn["observation"] for turn in searches]
+        assert row["searches_lost"] == len(searches)
+        assert row["tool_errors"] == pytest.approx(sum(not turn["ok"] for turn in codes) / len(codes) if codes else 0.0)
+    assert set(read) == {"<information> The search failed: http_400. </information>"}
+
+
+@pytest.mark.parametrize("reply, kind", [(status(404), "http_404"), (status(401), "http_401"), (status(500), "http_500"),
+                                         (replies((200, {"answer": 42}, {})), "bad_reply"), (None, "unreachable")])
+def test_a_run_does_not_start_with_a_backend_that_does_not_answer(serve, monkeypatch, tmp_path, reply, kind):
+    monkeypatch.chdir(ROOT)
+    server = serve(reply)
+    if reply is None:
+        server.server_close()
+    with pytest.raises(ValueError, match=f"{server.url}.* does not answer: {kind}"):
+        prepare(Config(output_dir=str(tmp_path / "run"), corpus=server.url, search_cache=""))
+    assert not (tmp_path / "run").exists()
+
+
+def test_asking_whether_a_backend_answers_is_beside_budget_and_cache(serve, tmp_path):
+    server = serve(about)
+    search = SearchTool(server.url, budget=1, cache=str(tmp_path / "cache.sqlite"))
+    search.check(), search.check()
+    assert [result.ok for result in search.search_many(["test"])] == [True] and len(server.seen) == 3
+    assert not search.search_many(["more"])[0].ok and search.spent
 
 
 @pytest.mark.parametrize("flags, ranks, words", [({"search_budget": 1}, "2", ["--search_budget 1", "2 ranks"]),

@@ -5,6 +5,7 @@ What image code must not do is in test_sandbox.py.
 import gc
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -16,7 +17,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools import OUTPUT, TOOLS_OFF, CodeTool, SearchTool, parse_action  # noqa: E402
+import tools  # noqa: E402
+from tools import INPUT, OUTPUT, TOOLS_OFF, CodeTool, SearchTool, parse_action  # noqa: E402
 
 GOLDEN = ROOT.parent / "shared" / "golden" / "transcripts.json"
 COPY = "from PIL import Image\nImage.open('path_to_input_image.jpg').save('path_to_output_image.jpg', 'PNG')\n"
@@ -120,11 +122,78 @@ def test_opencv_works(tool, image):
     assert (result.ok, result.image.size) == (True, (40, 30))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+MODES = {"RGB": (10, 200, 30), "RGBA": (10, 200, 30, 128), "L": 77, "P": 5, "CMYK": (200, 100, 50, 0), "I;16": 0x8000,
+         "I;16B": 0x8000}
+SHOWN = {"RGB": (10, 200, 30), "RGBA": (10, 200, 30), "P": (9, 8, 7), "L": (77,) * 3, "CMYK": (55, 155, 205),
+         "I;16": (128,) * 3, "I;16B": (128,) * 3}
+
+
+def of_mode(mode):
+    picture = Image.new(mode, (32, 32), MODES[mode])
+    if mode == "P":
+        picture.putpalette([0, 0, 0] * 5 + [9, 8, 7])
+    return picture
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_input_of_any_mode_arrives_as_rgb(tool, mode):
     check = "assert Image.open('path_to_input_image.jpg').mode == 'RGB'"
-    result = tool.run(COPY + check, Image.new(mode, (32, 32)))
+    result = tool.run(COPY + check, of_mode(mode))
     assert (result.text, result.image.mode) == ("", "RGB")
+    assert result.image.getpixel((3, 4)) == SHOWN[mode]
+
+
+@pytest.mark.parametrize("way", ["made.save('path_to_output_image.jpg', 'TIFF')", "result = made"])
+@pytest.mark.parametrize("mode", MODES)
+def test_output_of_any_mode_comes_back_as_rgb(tool, image, mode, way):
+    code = f"from PIL import Image\nmade = Image.new({mode!r}, (32, 32), {MODES[mode]})\n"
+    palette = "made.putpalette([0, 0, 0] * 5 + [9, 8, 7])\n" * (mode == "P")
+    result = tool.run(code + palette + way, image)
+    assert (result.text, result.image.mode) == ("", "RGB")
+    assert result.image.getpixel((3, 4)) == SHOWN[mode]
+
+
+@pytest.mark.parametrize("spell", ["str", "'./'.__add__", "os.path.abspath", "pathlib.Path",
+                                   "(pathlib.Path.cwd() / 'x').with_name"])
+def test_the_paths_of_the_prompt_work_however_they_are_spelt(tool, image, spell):
+    code = f"import os, pathlib\nfrom PIL import Image\nImage.open({spell}({INPUT!r})).save({spell}({OUTPUT!r}), 'PNG')"
+    assert tool.run(code, image).image.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("code", [
+    f"open({OUTPUT!r}, 'w').write('no image')",  # its message names the file
+    "import io\nfrom PIL import Image\nImage.open(io.BytesIO(b'x'))",  # and this one an address
+    "import os\nraise ValueError(os.path.abspath('x'), os.getcwd())",
+    "raise ValueError({'cat', 'dog', 'owl', 'fox', 'cow'})",
+    "import random\nraise ValueError(random.random())",
+    "import numpy\nraise ValueError(numpy.random.normal())"])
+def test_the_same_call_has_the_same_result(image, code):
+    """On any server of any start: a resumed run is a replay."""
+    texts = []
+    for _ in range(2):
+        with CodeTool(workers=1) as tool:
+            texts += [tool.run(code, image).text, tool.run(code, image).text]
+    assert len(set(texts)) == 1 and "Error: " in texts[0]
+
+
+@pytest.mark.parametrize("ending", ["import PIL.ImageShow\nassert not PIL.ImageShow._viewers\nmade.show()", "exit('done')",
+                                    "quit()", "import argparse; argparse.ArgumentParser().parse_args()"])
+def test_what_scripts_end_with_does_no_harm(tool, image, ending):
+    code = COPY + f"made = Image.open('path_to_output_image.jpg')\n{ending}"
+    result = tool.run(code, image)
+    assert (result.text, result.image and result.image.tobytes()) == ("", image.tobytes())
+
+
+@pytest.mark.parametrize("call", ["imshow('x', made)", "waitKey(0)", "destroyAllWindows()", "namedWindow('x')"])
+def test_windows_of_opencv_do_no_harm(tool, image, call):
+    pytest.importorskip("cv2", reason="OpenCV is optional")
+    code = f"import cv2\nmade = cv2.imread({INPUT!r})\ncv2.imwrite({OUTPUT!r}, made)\ncv2.{call}"
+    assert tool.run(code, image).text == ""
+
+
+def test_a_file_that_the_code_leaves_open_is_written_whole(tool, image):
+    code = f"file = open({OUTPUT!r}, 'wb')\nfile.write(open({INPUT!r}, 'rb').read())"
+    assert tool.run(code, image).image.tobytes() == image.tobytes()
 
 
 def test_functions_imports_and_comprehensions_see_each_other(tool, image):
@@ -158,6 +227,7 @@ def test_exif_orientation_is_applied(tool):
     ("x = 1", "no_output", "Error: the code wrote no 'path_to_output_image.jpg'"),
     ("", "no_output", "Error: the code wrote no 'path_to_output_image.jpg'"),
     ("import sys; sys.exit(3)", "no_output", "Error: the code wrote no 'path_to_output_image.jpg'"),
+    ("exit('no such sign')", "no_output", "Error: the code wrote no 'path_to_output_image.jpg': no such sign"),
     ("import os; os._exit(0)", "crash", "Error: the process of the code died"),
     ("import ctypes; ctypes.string_at(0)", "crash", "Error: the process of the code died"),
 ])
@@ -253,6 +323,29 @@ def test_a_server_that_fails_by_itself_is_no_fault_of_the_model(image):
         os.rmdir(tool._idle[0][2])
         with pytest.raises(RuntimeError, match="failed by itself"):
             tool.run(COPY, image)
+
+
+def test_a_server_that_is_killed_at_its_start_is_started_again(image, monkeypatch, tmp_path):
+    source, flag = Path(tools.__file__).read_text(), tmp_path / "flag"
+    dies = f"\n    if not os.path.exists({str(flag)!r}): open({str(flag)!r}, 'w').close(), os.kill(os.getpid(), 9)\n"
+    assert source.count("    Image.init()\n") == 1
+    (tmp_path / "tools.py").write_text(source.replace("    Image.init()\n", f"    Image.init(){dies}"))
+    monkeypatch.setattr(tools, "__file__", str(tmp_path / "tools.py"))
+    with CodeTool(workers=1, unlocked=UNLOCKED) as tool:
+        assert flag.exists() and tool.run(COPY, image).ok
+
+
+def test_a_server_that_hangs_is_no_fault_of_the_model(image, monkeypatch):
+    """It is ended, and the next call has a new one."""
+    monkeypatch.setattr(tools, "GRACE", 0.5)
+    with CodeTool(workers=1, timeout=0.5, unlocked=UNLOCKED) as tool:
+        process = tool._idle[0][0]
+        os.kill(process.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="failed by itself"):
+            tool.run(COPY, image)
+        assert process.poll() is not None and time.monotonic() - started < 10.0
+        assert tool.run(COPY, image).ok
 
 
 # ---- search: the local index in tests/test_build_index.py, the network in tests/test_search.py
