@@ -1,18 +1,20 @@
-"""What the tools cost: python tests/bench_tools.py --calls 10000 --passages 1000000
+"""What the tools cost: python tests/bench_tools.py --calls 10000 --passages 100000 1000000
 
-Prints one table: warm and cold code calls, what the lock itself takes, growth over many calls, and the local search index.
-Medians; a locked and an unlocked call alternate, so that their difference is that of one moment.
+Prints one table: warm and cold code calls, what the lock itself takes, growth over many calls, the local search index, and
+for a language without spaces its pairs of characters beside SQLite's trigrams. Medians; a locked and an unlocked call
+alternate, so that their difference is that of one moment.
 """
 import argparse
 import json
 import os
 import random
+import sqlite3
 import sys
 import tempfile
 import time
 from itertools import accumulate
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 
 from PIL import Image
 from tqdm import tqdm
@@ -128,18 +130,58 @@ def local_search(passages):
         yield f"query of 8 words among {passages}, 95th percentile", quantiles(times, n=20)[-1]
 
 
+def without_spaces(passages):
+    """Yields (what, value): made-up Chinese, words of 1 to 4 characters as frequent as by Zipf, in our index and in FTS5's own
+    of trigrams. A query is the rarest words of a passage, written together; found: the first passage holds them all."""
+    rng, characters = random.Random(0), [chr(0x4E00 + n) for n in range(3_500)]
+    lengths = rng.choices((1, 2, 3, 4), (5, 70, 15, 10), k=50_000)
+    words = ["".join(rng.choices(characters, k=length)) for length in lengths]
+    cumulative = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
+    texts = [rng.choices(range(len(words)), cum_weights=cumulative, k=100) for _ in range(passages)]
+    shown = ["".join(words[n] for n in text) for text in texts]
+    size = sum(len(text.encode()) for text in shown)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, trigrams = Path(folder, "ours.sqlite"), Path(folder, "trigrams.sqlite")
+        index_corpus(ours, ((text, text) for text in shown))
+        database = sqlite3.connect(trigrams)
+        database.execute("CREATE VIRTUAL TABLE words USING fts5(text, tokenize='trigram')")
+        database.executemany("INSERT INTO words(rowid, text) VALUES (?, ?)", enumerate(shown))
+        database.commit()
+
+        def by_trigrams(query, topk):
+            match = " OR ".join(f'"{query[i:i + 3]}"' for i in range(max(len(query) - 2, 1)))
+            sql = "SELECT text FROM words WHERE words MATCH ? ORDER BY bm25(words) LIMIT ?"
+            return database.execute(sql, (match, topk)).fetchall()
+        for name, path, search in (("pairs", ours, open_sqlite(f"sqlite:{ours}")), ("trigrams", trigrams, by_trigrams)):
+            yield f"Chinese, {name}: index / text (a ratio)", path.stat().st_size / size
+            for number in (1, 3):
+                found, times = [], []
+                for at in range(0, passages, max(passages // 200, 1)):
+                    wanted = [words[n] for n in sorted(set(texts[at]))[-number:]]
+                    query = "".join(wanted)
+                    start = time.perf_counter()
+                    best = search(query, 1)
+                    times.append(1000 * (time.perf_counter() - start))
+                    found.append(bool(best) and all(word in best[0][0] for word in wanted))
+                yield f"Chinese, {name}: {number} of the rare words, found (a share)", mean(found)
+                yield f"Chinese, {name}: {number} of the rare words, median in ms", median(times)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--passages", type=int, default=100_000)
+    parser.add_argument("--passages", type=int, nargs="+", default=[100_000])
     args = parser.parse_args()
     for what, value in code_calls():
-        print(f"{what:<45}{value:>10.1f}" + ("" if "ratio" in what else " ms"), flush=True)
+        print(f"{what:<60}{value:>10.1f}" + ("" if "ratio" in what else " ms"), flush=True)
     before, after = growth(args.calls)
     for what in before:
-        print(f"{what + f' before and after {args.calls} calls':<45}{before[what]:>10.1f}{after[what]:>10.1f}", flush=True)
-    for what, value in local_search(args.passages):
-        print(f"{what:<45}{value:>10.2f}", flush=True)
+        print(f"{what + f' before and after {args.calls} calls':<60}{before[what]:>10.1f}{after[what]:>10.1f}", flush=True)
+    for passages in args.passages:
+        for what, value in local_search(passages):
+            print(f"{what:<60}{value:>10.2f}", flush=True)
+    for what, value in without_spaces(args.passages[0] // 2):
+        print(f"{what:<60}{value:>10.2f}", flush=True)
 
 
 if __name__ == "__main__":
