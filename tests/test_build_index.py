@@ -235,6 +235,7 @@ def test_what_is_no_index_is_refused_with_the_way_out(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"index\.sqlite .*build_index\.py"):
         SearchTool(f"sqlite:{path}")
+    assert path.exists() == (content is not None)
 
 
 def test_the_text_counts_once(tmp_path):

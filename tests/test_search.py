@@ -644,6 +644,13 @@ def test_eight_threads_spend_the_whole_budget(serve, patient):
     assert len(server.seen) == 11
 
 
+def test_ranks_share_the_budget(serve, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    server = serve(about)
+    results = SearchTool(server.url, budget=5).search_many(["a", "b", "c"])
+    assert [result.error for result in results].count("budget") == 1 and len(server.seen) == 2
+
+
 def test_retries_count(serve, monkeypatch):
     monkeypatch.setattr(tools, "RETRY_SECONDS", 10.0)
     server = serve(status(500))
@@ -784,11 +791,11 @@ def test_pages_redirect(serve):
 @pytest.mark.usefixtures("anywhere")
 def test_only_the_first_pages_are_read(serve):
     server = with_pages(serve, {name: (f"The snowy owl {name}.", "text/html") for name in "ab"}, ["a", "b"])
-    assert page_result(server, topk=1).text == "1. Content: The snowy owl a."
+    assert page_result(server).text == f"1. Content: The snowy owl a. 2. Content: {SNIPPET}"
     assert [request.path for request in server.seen] == ["/search", "/a"]
 
 
-@pytest.mark.parametrize("url", ["http://a" + "\u0301" * 80_000, "http://127.0.0.1/" + "a" * 9_000])
+@pytest.mark.parametrize("url", ["http://a" + "\u0301\u0316" * 20_000, "http://127.0.0.1/" + "a" * 9_000])
 def test_a_link_that_takes_for_ever_to_read_is_not_read(url):
     started = time.thread_time()
     with pytest.raises(tools.RequestFailed):
@@ -1249,11 +1256,13 @@ def test_a_run_does_not_start_with_a_backend_that_does_not_answer(serve, monkeyp
     assert not (tmp_path / "run").exists()
 
 
-def test_asking_whether_a_backend_answers_is_beside_budget_and_cache(serve, tmp_path):
+def test_asking_whether_a_backend_answers_is_beside_budget_and_cache(serve, monkeypatch, tmp_path):
     server = serve(about)
     search = SearchTool(server.url, budget=1, cache=str(tmp_path / "cache.sqlite"))
     search.check(), search.check()
     assert [result.ok for result in search.search_many(["test"])] == [True] and len(server.seen) == 3
+    monkeypatch.setattr(tools, "RETRY_SECONDS", 10.0)
+    SearchTool(serve(replies((500, {}, {}), (200, found("owl"), {}))).url, budget=1).check()
     assert not search.search_many(["more"])[0].ok and search.spent
 
 

@@ -177,7 +177,8 @@ def test_the_same_call_has_the_same_result(image, code):
 
 
 @pytest.mark.parametrize("ending", ["import PIL.ImageShow\nassert not PIL.ImageShow._viewers\nmade.show()", "exit('done')",
-                                    "quit()", "import argparse; argparse.ArgumentParser().parse_args()"])
+                                    "quit()", "import sys; assert sys.argv == ['code.py']",
+                                    "import argparse; argparse.ArgumentParser().parse_args()"])
 def test_what_scripts_end_with_does_no_harm(tool, image, ending):
     code = COPY + f"made = Image.open('path_to_output_image.jpg')\n{ending}"
     result = tool.run(code, image)
