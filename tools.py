@@ -274,7 +274,7 @@ def _confine(folder: str, timeout: float, line: int, lock: Lock | None) -> None:
     limits = {resource.RLIMIT_CPU: int(timeout) + 2, resource.RLIMIT_FSIZE: 64 << 20, resource.RLIMIT_NOFILE: 64,
               resource.RLIMIT_CORE: 1}  # bytes: at 0 the kernel would still feed a core to a crash reporter
     if sys.platform == "linux":
-        with open("/proc/self/oom_score_adj", "w") as file:
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # some containers have it read-only
             file.write("1000")  # where memory runs out, the kernel ends this process, not the trainer
         with open("/proc/self/statm") as file:
             limits[resource.RLIMIT_AS] = int(file.read().split()[0]) * resource.getpagesize() + (2 << 30)
@@ -366,7 +366,7 @@ def _serve(unlocked: bool) -> None:
     with suppress(ImportError):
         import cv2
         cv2.setNumThreads(0)  # threads do not survive a fork
-        cv2.imshow = cv2.namedWindow = cv2.waitKey = cv2.destroyAllWindows = lambda *args: -1  # likewise
+        cv2.imshow = cv2.namedWindow = cv2.waitKey = cv2.destroyAllWindows = lambda *_, **__: -1  # likewise
     Image.init()
     sys.argv = ["code.py"]
     lock, warning = None, ""
@@ -489,6 +489,7 @@ class CodeTool:
         ours, theirs = socket.socketpair()
         folder = tempfile.mkdtemp(prefix="code_tool_")
         with theirs:
+            # Isolated, but for PYTHONHASHSEED: -I would ignore that. No other variable is there to be ignored.
             command = [sys.executable, "-sP", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
             process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True,
                                        env=SERVER_ENVIRONMENT)
