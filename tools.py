@@ -775,13 +775,16 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
     deadline, sockets = time.monotonic() + seconds, []
 
     def connect(address, _timeout, _source):
+        failure = TimeoutError()
         for one in _addresses(*address, public):
-            with suppress(OSError):
+            try:
                 sock = socket.create_connection(one, max(deadline - time.monotonic(), 0.001))
                 sockets.append(sock.dup())  # a second handle, as TLS takes the first one over
                 if time.monotonic() < deadline:  # else nobody will hang up
                     return sock
-        raise ConnectionError(f"nobody answers at {address}")
+            except OSError as error:
+                failure = error
+        raise failure
 
     def hang_up():  # a socket's own timeout starts anew with every byte; this one does not
         for sock in sockets:
