@@ -520,7 +520,7 @@ class CodeTool:
 
 # ---- the search tool
 Passages = list[tuple[str, str]]  # [(text, address of its page or "")], best first
-FETCH_SECONDS, RETRY_SECONDS = 20.0, 60.0  # of one request; of all tries of one `search_many`
+FETCH_SECONDS, RETRY_SECONDS = 20.0, 60.0  # of one request; of all tries without a success in between
 MAX_BODY, MAX_ADDRESS = 4 << 20, 8_000  # bytes of an answer; characters
 MAX_PASSAGE = 1_200  # characters of a passage that the model reads
 PAGE_PASSAGE = 600  # characters of a passage of a page
