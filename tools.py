@@ -62,7 +62,7 @@ from html import unescape
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from itertools import accumulate, count
 from typing import NamedTuple
-from unicodedata import normalize
+from unicodedata import category, normalize
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from PIL import Image, ImageOps
@@ -535,16 +535,19 @@ class RequestFailed(Exception):
         self.retry_after, self.detail = retry_after, detail
 
 
-ACCENTS = re.compile("[\u0300-\u036f]+")
-CJK = re.compile("[\u3005\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U0003ffff]+")  # kana, Han, Hangul
+# Accents and vowel signs, up to those of kana, which make other letters; and scripts without spaces: Thai, Lao, Burmese, Khmer,
+# kana, Han, Hangul.
+MARKS = re.compile(f"[{''.join(c for c in map(chr, range(0x300, 0x2e00)) if category(c) in ('Mn', 'Mc'))}]+")
+UNSPACED = re.compile("[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3"
+                      "\U00020000-\U0003ffff]+")
 
 
 def segment(text: str) -> str:
-    """Text as it is indexed and searched: lower case, no accents, a run of CJK characters as its overlapping pairs."""
+    """Text as it is indexed and searched: lower case, no accents, runs of a script without spaces as overlapping pairs."""
     if text.isascii():
         return text.lower()
-    text = normalize("NFKC", ACCENTS.sub("", normalize("NFKD", text))).casefold()
-    return CJK.sub(lambda run: f" {' '.join(map(''.join, zip(run[0], run[0][1:]))) or run[0]} ", text)
+    text = normalize("NFKC", MARKS.sub("", normalize("NFKD", text))).casefold()
+    return UNSPACED.sub(lambda run: f" {' '.join(map(''.join, zip(run[0], run[0][1:]))) or run[0]} ", text)
 
 
 def distinct_words(text: str) -> list[str]:

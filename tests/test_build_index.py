@@ -106,9 +106,12 @@ def test_the_order_is_that_of_bm25(tmp_path):
 
 @pytest.mark.parametrize("query, found", [("中国的首都", "中国的首都是北京。"), ("首都", "中国的首都是北京。"), ("大阪", "大阪は日本の都市です。"),
                                           ("水", "水"), ("서울", "서울은 한국의 수도이다."), ("CAFE", "Café Zürich"),
-                                          ("zurich", "Café Zürich"), ("ＡＢＣ１２", "abc12")])
+                                          ("zurich", "Café Zürich"), ("ＡＢＣ１２", "abc12"),
+                                          ("ประเทศ", "เมืองหลวงของประเทศไทย"), ("हिन्दी", "हिन्दी"), ("ガラス", "ガラス"),
+                                          ("كتاب", "كِتَاب"), ("שלום", "שָׁלוֹם")])
 def test_any_script_is_found(query, found, tmp_path):
-    texts = ["中国的首都是北京。", "大阪は日本の都市です。", "水", "서울은 한국의 수도이다.", "Café Zürich", "abc12", "nothing here"]
+    texts = ["中国的首都是北京。", "大阪は日本の都市です。", "水", "서울은 한국의 수도이다.", "Café Zürich", "abc12", "nothing here",
+             "เมืองหลวงของประเทศไทย", "हाथी नदी", "हिन्दी", "カラス", "ガラス", "كِتَاب", "שָׁלוֹם"]
     address = indexed(tmp_path, [{"id": i, "text": text} for i, text in enumerate(texts)])
     assert ask(address, query, topk=1).text == f"1. Content: {found}"
 
