@@ -535,15 +535,15 @@ class RequestFailed(Exception):
         self.retry_after, self.detail = retry_after, detail
 
 
-# Accents and vowel signs, up to those of kana, which make other letters; and scripts without spaces: Thai, Lao, Burmese, Khmer,
-# kana, Han, Hangul.
+# Accents and vowel signs, but not those of kana, which make other letters; and scripts that are indexed as pairs: Thai, Lao,
+# Burmese, Khmer, kana, Han, Hangul.
 MARKS = re.compile(f"[{''.join(c for c in map(chr, range(0x300, 0x2e00)) if category(c) in ('Mn', 'Mc'))}]+")
 UNSPACED = re.compile("[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3"
                       "\U00020000-\U0003ffff]+")
 
 
 def segment(text: str) -> str:
-    """Text as it is indexed and searched: lower case, no accents, runs of a script without spaces as overlapping pairs."""
+    """Text as it is indexed and searched: lower case, without MARKS, runs of a script without spaces as overlapping pairs."""
     if text.isascii():
         return text.lower()
     text = normalize("NFKC", MARKS.sub("", normalize("NFKD", text))).casefold()
