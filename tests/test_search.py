@@ -1105,6 +1105,13 @@ def test_a_damaged_answer_is_asked_again(serve, tmp_path, damage):
     assert len(server.seen) == 2  # and kept
 
 
+def test_a_table_of_others_is_no_cache(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "cache.sqlite", isolation_level=None)) as database:
+        database.execute("CREATE TABLE answers (a)")
+    with pytest.raises(ValueError, match="cache.sqlite is unusable .*delete it or name another file"):
+        SearchTool("http://127.0.0.1:1/", cache=str(tmp_path / "cache.sqlite"))
+
+
 def test_a_cache_that_others_hold_for_long_is_done_without(serve, tmp_path, monkeypatch):
     """All queries wait for it together, no longer than for a server; the console says so."""
     server, cache = serve(about), tmp_path / "cache.sqlite"
@@ -1268,7 +1275,8 @@ def test_asking_whether_a_backend_answers_is_beside_budget_and_cache(serve, monk
 
 @pytest.mark.parametrize("flags, ranks, words", [({"search_budget": 1}, "2", ["--search_budget 1", "2 ranks"]),
                                                  ({"search_budget": -1}, "1", ["budget", "-1"]),
-                                                 ({"search_pages": -1}, "1", ["pages", "-1"])])
+                                                 ({"search_pages": -1}, "1", ["pages", "-1"]),
+                                                 ({"topk": 0}, "1", ["topk", "(0)"])])
 def test_a_budget_that_cannot_be_kept_is_refused(monkeypatch, tmp_path, flags, ranks, words):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", ranks)
