@@ -1105,6 +1105,12 @@ def test_a_damaged_answer_is_asked_again(serve, tmp_path, damage):
     assert len(server.seen) == 2  # and kept
 
 
+@pytest.mark.parametrize("topk", [0, -1])
+def test_a_search_for_no_passages_is_refused(topk):
+    with pytest.raises(ValueError, match=rf"topk \({topk}\) from 1"):
+        SearchTool(f"sqlite:{OFFLINE / 'corpus.sqlite'}", topk)
+
+
 def test_a_table_of_others_is_no_cache(tmp_path):
     with closing(sqlite3.connect(tmp_path / "cache.sqlite", isolation_level=None)) as database:
         database.execute("CREATE TABLE answers (a)")
@@ -1275,8 +1281,7 @@ def test_asking_whether_a_backend_answers_is_beside_budget_and_cache(serve, monk
 
 @pytest.mark.parametrize("flags, ranks, words", [({"search_budget": 1}, "2", ["--search_budget 1", "2 ranks"]),
                                                  ({"search_budget": -1}, "1", ["budget", "-1"]),
-                                                 ({"search_pages": -1}, "1", ["pages", "-1"]),
-                                                 ({"topk": 0}, "1", ["topk", "(0)"])])
+                                                 ({"search_pages": -1}, "1", ["pages", "-1"])])
 def test_a_budget_that_cannot_be_kept_is_refused(monkeypatch, tmp_path, flags, ranks, words):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", ranks)
