@@ -7,31 +7,25 @@
     python evaluate.py --compare A/predictions.json B/predictions.json --benchmark mat-coding
     python evaluate.py --report runs/default                                         # one page, of a training run too
 
-From top to bottom: `load_tasks` reads every published layout, and ours, into one form and refuses bad rows before a model is
-loaded; `score` averages over all items of a split, unanswered ones included, with 95 % intervals; `ChatModel` is a model
-behind an endpoint; `evaluate_tasks` plays every task and goes on where it was stopped; then what train.py measures and
-leaves, and the page. Standard output ends with a line of JSON: {"all": {"f1", "em", "n", …}, "simple": …}.
+From top to bottom: `score` averages over all items of a split, unanswered ones included, with 95 % intervals; `ChatModel` is
+a model behind an endpoint; `evaluate_tasks` plays every task and goes on where it was stopped; then the command line.
+Standard output ends with a line of JSON: {"all": {"f1", "em", "n", …}, "simple": …}.
 Left out on purpose: votes over samples, judges that are models.
 """
 import fcntl
 import json
-import math
 import os
 import random
 import re
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
-from hashlib import sha256
+from functools import partial
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -39,159 +33,17 @@ from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from reward import exact_match, grade
+from data.files import append_json_line, each_row, read_rows, take_folder, write_whole
+from data.report import write_report
+from data.tasks import Benchmark, load_tasks, read_golds, split_of
+from reward import grade
 from tools import CodeTool, RequestFailed, SearchTool, fetch, split_address
 
-Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle", "offline"]
-SIMPLE_FIRST = {"mat-coding": (70, 200), "mat-search": (75, 150)}  # the first n of N tasks are simple, the rest hard
-FAMILIES = ("search", "coding")
 SPLITS = ("all", "simple", "hard", "coding", "search")  # with figures of their own; the last two are those of offline tasks
 RESAMPLES = 4_000  # of a bootstrap
-ANSWER_KEYS = ("answers", "answer", "golden_answers", "gt")  # MAT-Coding, MAT-Search, FlashRAG, MAT's training steps
-
-
-class MissingImage(ValueError):
-    """An image that a row names is in none of the folders; `name` is the row's."""
-
-    def __init__(self, key, name, folders):
-        super().__init__(f"{key} {name!r} is not in {', '.join(map(str, folders))}; put it there or give its folder")
-        self.name = name
-
-
-def load_tasks(path: str | Path, benchmark: str | None = None, image_folder: str | Path | None = None,
-               limit: int | None = None, problems: dict[int, ValueError] | None = None) -> list[dict]:
-    """Read tasks of any layout: MAT-Search, MAT-Coding, FlashRAG jsonl, MAT's training steps, and ours.
-
-    A task has the keys id, family ("search" or "coding"), question, answers (list of str), image (absolute path, None
-    for text only: FlashRAG, or a row's own null), type (list of str), split (the row's own; or "simple", "hard" by the
-    order of a complete MAT file; or the family, for the benchmark "offline"; or "all") and solution (the gold turn of a
-    step, else None). The question of a step is its `problem` with the chain so far. Images lie in image_folder, or else
-    beside the file, in its `<stem>-image` or its `<stem>_images`. With a benchmark, rows are taken as published: one of
-    MAT-Search has an empty gold, which is refused otherwise. limit keeps the first tasks.
-    Raises ValueError "file, row N: reason; way out", with N from 1; or, given a dict of problems, puts the error of each
-    bad row into it under N and leaves the row out.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit} leaves no task; give at least 1")
-    rows, near = _read_rows(path), Path(path).with_suffix("")
-    folders = [Path(image_folder)] if image_folder else [near.parent, Path(f"{near}-image"), Path(f"{near}_images")]
-    check_image = cache(_check_image)  # steps share their images
-
-    def read(row, number):
-        task = _task(row, number, folders, blank_allowed=benchmark is not None)
-        if task["image"] is not None:
-            check_image(task["image"])
-        return {**task, "split": task["family"] if benchmark == "offline" else _split(row, number, len(rows), benchmark)}
-
-    return _each(path, rows[:limit], read, problems)
-
-
-def _read_rows(path):
-    """The rows of a JSON list, or of a .jsonl file with one object a line."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; give the path of a .json or .jsonl file")
-    data, is_jsonl = Path(path).read_bytes(), Path(path).suffix == ".jsonl"
-    parts = data.split(b"\n") if is_jsonl else [data]
-    values = [_parse(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]
-    rows = values if is_jsonl or not values else values[0]
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: must be a list of rows, got {str(rows)[:40]}; write [{{…}}], "
-                         "or one {…} a line in .jsonl")
-    return rows
-
-
-def _parse(data, path, line):
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
-        line += getattr(error, "lineno", 1) - 1
-        raise ValueError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)}); mend the line") from None
-
-
-def _each(path, rows, read, problems=None):
-    """[read(row, number)], with the place of a bad row in its error. Ids (or else numbers) must be distinct.
-    Given a dict of problems, bad rows are noted there and left out."""
-    results, row_of = [], {}
-    for number, row in enumerate(rows, start=1):
-        try:
-            if not isinstance(row, dict):
-                raise ValueError(f"is no object but {type(row).__name__}; write {{\"id\": …}}")
-            result = read(row, number)
-            first = row_of.setdefault((str(row.get("id", number)), row.get("sample")), number)
-            if first != number:
-                raise ValueError(f"has the id {row.get('id', number)!r} of row {first}; give every row its own")
-            results.append(result)
-        except ValueError as error:
-            if problems is None:
-                raise ValueError(f"{path}, row {number}: {error}") from None
-            problems[number] = error
-    return results
-
-
-def _split(row, number, num_rows, benchmark):
-    num_simple, num_tasks = SIMPLE_FIRST.get(benchmark, (0, 0))
-    by_order = "simple" if number <= num_simple else "hard"
-    return row.get("split") or (by_order if num_rows == num_tasks else "all")
-
-
-def _task(row, number, folders, blank_allowed):
-    is_step, kinds = "solution" in row, row.get("type") or []
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    # MAT's rows do not name their family: those of coding have two images, or, as steps, a type.
-    is_coding = "processed_image_path" in row or (is_step and "type" in row)
-    family = row.get("family") or FAMILIES[is_coding]
-    if family not in FAMILIES:
-        raise ValueError(f"family is {family!r}; take one of {', '.join(FAMILIES)}")
-    question = _text(row, "problem" if is_step else "question")
-    if is_step and row.get("context") and row["context"] not in question:
-        question = f"{question}\n{row['context']}"  # MAT's coding steps keep the chain so far apart
-    key = next((key for key in ANSWER_KEYS if key in row), "answers")
-    answers = [] if is_step and not row.get(key) else _golds(row, key, blank_allowed)
-    return {"id": row.get("id", number), "family": family, "question": question, "answers": answers,
-            "image": _find_image(row, kinds, folders), "type": kinds,
-            "solution": _text(row, "solution") if is_step else None}
-
-
-def _text(row, key):
-    if not isinstance(row.get(key), str) or not row[key].strip():
-        raise ValueError(f"{key} must be a text, got {row.get(key)!r}; add \"{key}\": \"…\"")
-    return row[key]
-
-
-def _golds(row, key, blank_allowed):
-    golds = [row[key]] if isinstance(row.get(key), str) else row.get(key)
-    if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) for gold in golds):
-        raise ValueError(f"{key} must be one or more texts, got {golds!r}; add \"{key}\": [\"…\"]")
-    if not blank_allowed and not all(map(str.strip, golds)):
-        raise ValueError(f"{key} has an empty text, {golds!r}; fill it in or remove the row")
-    return golds
-
-
-def _find_image(row, kinds, folders):
-    """The path of the input image; MAT-Coding shows the original for a crop, the processed one otherwise."""
-    if "golden_answers" in row or row.get("image_path", "") is None:
-        return None
-    key = "ori_image_path" if kinds == ["crop"] else "processed_image_path"
-    key = key if key in row else "image_path"
-    name = _text(row, key)
-    found = [folder / name for folder in folders if (folder / name).is_file()]
-    if not found:
-        raise MissingImage(key, name, folders)
-    return str(found[0].resolve())
-
-
-def _check_image(path):
-    """Read an image to its end: a damaged one must not stop a run after hours."""
-    try:
-        with Image.open(path) as image:
-            image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size, still to its end
-            image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read ({error}); replace it or remove the row") from None
 
 
 def score(predictions: list[dict], benchmark: str | None = None) -> dict[str, dict]:
@@ -214,7 +66,7 @@ def compare(path_a: str | Path, path_b: str | Path, benchmark: str) -> dict[str,
     An interval without 0 says that B is better, or worse, on such items. Raises ValueError as `rescore` does, and if the
     files differ in their number of rows, or in a row's id (where both have one) or gt.
     """
-    rows_a, rows_b = (_each(path, _read_rows(path), _prediction) for path in (path_a, path_b))
+    rows_a, rows_b = (each_row(path, read_rows(path), _prediction) for path in (path_a, path_b))
     way_out = "compare predictions of the same items in one order"
     for number, (a, b) in enumerate(zip(rows_a, rows_b), start=1):
         for key in ("id", "gt"):
@@ -239,7 +91,7 @@ def _grades(predictions, benchmark, fair):
 
 
 def _splits(predictions, benchmark):
-    return [_split(row, number, len(predictions), benchmark) for number, row in enumerate(predictions, start=1)]
+    return [split_of(row, number, len(predictions), benchmark) for number, row in enumerate(predictions, start=1)]
 
 
 def _items(predictions):
@@ -274,11 +126,11 @@ def _average(figures, items):
 
 def rescore(path: str | Path, benchmark: str) -> dict[str, dict]:
     """`score` of a file of predictions, .json or .jsonl. Raises ValueError "file, row N: reason; way out"."""
-    return score(_each(path, _read_rows(path), _prediction), benchmark)
+    return score(each_row(path, read_rows(path), _prediction), benchmark)
 
 
 def _prediction(row, number):
-    _golds(row, "gt", blank_allowed=True)
+    read_golds(row, "gt", blank_allowed=True)
     if not row.get("error") and not isinstance(row.get("pred_answer", 0), str | None):
         raise ValueError(f"pred_answer must be a text, or null for no answer, got {row.get('pred_answer')!r}; add it")
     return row
@@ -639,213 +491,6 @@ def released_crop(code: str, task: dict, size: tuple[int, int]) -> str:
         return code
     x_min, y_min, x_max, y_max = (int(value) * side // 1000 for value, side in zip(box.groups(), size * 2, strict=True))
     return SLICE.sub(f"[{y_min}:{y_max}, {x_min}:{x_max}]", code)
-
-
-# ------------------------------------------------------------------------------------- what training measures, and leaves
-def write_summary(out: Path, steps: int, **facts) -> dict:
-    """summary.json: held-out success before, after and with the tools off, in all and by family and type, and the facts."""
-    rows = read_json_lines(out / "evaluations.jsonl")
-    wanted = {"before": (0, "on"), "after": (steps, "on"), "tools_off": (steps, "off")}
-    picked = {when: next((r for r in rows if (r["step"], r["tools"]) == key), {}) for when, key in wanted.items()}
-    summary = {f"success_{when}": row.get("success") for when, row in picked.items()}
-    for key in ("by_family", "by_type"):
-        summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
-                        for name in picked["after"].get(key, {})}
-    summary |= {"steps": steps, **facts}
-    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    return summary
-
-
-def seed_step(seed: int, step: int) -> None:
-    """All random numbers of a step on a rank: nothing has to be saved to resume, and ranks differ."""
-    import torch
-    torch.manual_seed((seed * 100_003 + step) * 1_009 + torch.distributed.get_rank())
-
-
-def evaluate_policy(policy, tasks: list[dict], tools, step: int, config, reasons: Callable[[], list[str]]) -> bool:
-    """Success on held-out tasks as a row of evaluations.jsonl, once a step with the tools on or off; ranks share the tasks.
-
-    A row has shares of exact matches, 0 to 1: {"step", "tools", "success", "n", "by_family", "by_type"}. If any rank has
-    `reasons` to end the run, rollouts end early, no row is written, since none is known, and False is returned.
-    """
-    import torch.distributed as dist
-
-    from model import gather, gathered
-    from rollout import roll_out
-    label, start = "on" if tools.code or tools.search else "off", time.perf_counter()
-    path, limits = Path(config.output_dir) / "evaluations.jsonl", replace(config.limits(), max_turns=config.max_turns)
-    if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
-        return True
-    seed_step(config.seed, -1 - step)
-    with gathered(policy):
-        rollouts, _ = roll_out(policy, tasks[dist.get_rank()::dist.get_world_size()], tools, limits, prompt=config.prompt,
-                               temperature=config.eval_temperature, interrupted=lambda: bool(reasons()))
-    if gather(reasons()):
-        return False
-    groups = {"success": {}, "by_family": {}, "by_type": {}}
-    for family, kinds, hit in gather([(r.task["family"], r.task["type"], exact_match(r.answer, r.task["answers"]))
-                                      for r in rollouts]):
-        for key, name in (("success", "all"), ("by_family", family), ("by_type", "+".join(kinds) or family)):
-            groups[key].setdefault(name, []).append(hit)
-    rates = {key: {name: round(fmean(hits), 4) for name, hits in sorted(by_name.items())}
-             for key, by_name in groups.items()}
-    if dist.get_rank() == 0:
-        success, kinds = rates["success"]["all"], "  ".join(f"{kind} {rate:.0%}" for kind, rate in rates["by_type"].items())
-        append_json_line(path, {"step": step, "tools": label, **rates, "success": success, "n": len(tasks)})
-        print(f"held-out success, tools {label}: {success:.1%} of {len(tasks)}   ({kinds})   "
-              f"{time.perf_counter() - start:.0f} s", flush=True)
-    dist.barrier()  # the row is there before any rank looks for it
-    return True
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    """The whole rows of a file; a last one without its line end was cut off by a kill."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
-def append_json_line(path: Path, row: dict) -> None:
-    """Add a row, on the disk when this returns. A number that is not finite becomes null: JSON has no NaN."""
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    with open(path, "a") as file:
-        print(json.dumps(finite, allow_nan=False), file=file, flush=True)
-        os.fsync(file.fileno())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename: whoever reads the file sees the old text or the new one, never a part."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        print(text, end="", file=file, flush=True)
-        os.fsync(file.fileno())
-    beside.rename(path)
-
-
-def publish(beside: Path, final: Path) -> None:
-    """Give a folder its final name once all its files are on the disk; one of that name makes way."""
-    for path in beside.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final.rename(final.with_name(f"{final.name}.old.tmp")))  # never in parts under its own name
-    beside.rename(final)
-
-
-def take_folder(out: Path) -> None:
-    """Raise ValueError if the folder cannot be written, or another process is at it; the first rank's keeps it locked."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
-            file.write(b"x" * 4096)
-        if os.environ.get("RANK", "0") == "0":
-            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        why = "another process is at work there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
-        raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None
-
-
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint of a run, oldest first."""
-    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
-
-
-def clean(out: Path, step: int) -> None:
-    """Bring the folder of a run back to what it was after `step`: what is later, or half written, is removed."""
-    for path in [*out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp"), *(out / "rollouts").glob("step_*")]:
-        if path.suffix == ".tmp" or int(path.stem[5:]) > step:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path) if row["step"] <= step))
-
-
-# ---------------------------------------------------------------------------------------------------- a page to look at
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of all Pillow reads: none that starts a program
-IMAGE_SIDE = 320  # pixels, at most, of an image in the page
-
-
-def write_report(folder: str | Path) -> Path:
-    """Write one page about a training run or an evaluation into its folder, as report.html, and return its path.
-
-    The page needs no network. Texts of a model are hostile: they stand in it as JSON that cannot leave its element, are
-    only ever shown as text, and the page's policy forbids every request and every script but its own. Raises ValueError
-    for a folder of neither kind, and "file, line N: reason; way out" for a damaged file.
-    """
-    folder, images = Path(folder), {}
-    single = {name: next(iter(_read_objects(folder / f"{name}.json")), {}) for name in ("config", "summary", "scores")}
-    if (folder / "items.jsonl").is_file():
-        kind, parts = "evaluation", [("items", folder / "items")]
-    elif (folder / "metrics.jsonl").is_file():
-        steps = [path.stem[5:] for path in folder.glob("rollouts/step_*.jsonl")]
-        steps = sorted(filter(str.isdecimal, steps), key=int)
-        kind, parts = "training", [(int(step), folder / f"rollouts/step_{step}") for step in steps]
-    else:
-        raise ValueError(f"{folder} has neither metrics.jsonl, as a training run does, nor items.jsonl, as an evaluation does; "
-                         "give the --output_dir of one")
-    embed = cache(partial(_embed, images))
-    data = {"name": folder.resolve().name, "kind": kind, **single,
-            "metrics": _read_objects(folder / "metrics.jsonl"), "evaluations": _read_objects(folder / "evaluations.jsonl"),
-            "sets": [{"name": name, "rows": _read_rollouts(folder, part, embed)} for name, part in parts],
-            "images": list(images)}
-    page = (Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8")
-    for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
-        page = page.replace(f"{{{{{tag}}}}}", f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'")
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no tag, no comment; ASCII only: no U+2028
-    write_whole(folder / "report.html", page.replace("{{data}}", text))  # last, since the data may hold anything
-    return folder / "report.html"
-
-
-def _read_rollouts(run, folder, embed):
-    """Rows of `rollout.rollout_row`, from folder.jsonl, with the places of their images instead of their paths."""
-    path = folder.with_suffix(".jsonl")
-    rows = _read_objects(path)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("turns"), list) or not all(isinstance(turn, dict) for turn in row["turns"]):
-            raise ValueError(f"{path}, line {number}: turns must be a list of objects; mend the line")
-        row["image"] = None if row.get("image") in (None, "None") else embed(Path(str(row["image"])))
-        for turn in row["turns"]:
-            if turn.get("image") is not None:
-                turn["image"] = embed(_own_image(run, folder, str(turn["image"])))
-    return rows
-
-
-def _read_objects(path):
-    """The objects of a .json or .jsonl file of a run, none without it; a last line without its end is being written."""
-    data = path.read_bytes() if path.is_file() else b""
-    lines = data.split(b"\n")[:-1] if path.suffix == ".jsonl" else [data] if data else []
-    objects = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
-    for number, value in enumerate(objects, start=1):
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number}: is no object but {type(value).__name__}; mend the line")
-    return objects
-
-
-def _own_image(run, folder, name):
-    """The path of an image that a tool made: a plain name in the folder of its rows (train.py writes the folder's before it).
-
-    None for a name that leads out of the run, by itself or by links.
-    """
-    name = name.removeprefix(f"{folder.name}/")
-    try:
-        path = (folder / name).resolve()
-        return path if name == Path(name).name and path.is_relative_to(run.resolve()) else None
-    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links, a zero byte
-        return None
-
-
-def _embed(images, path):
-    """The place in `images` of the picture at a path, as (data URI, width, height as it was); -1 if there is none to see."""
-    try:
-        if path is None or not path.is_file():  # reading a pipe would not end
-            return -1
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        return -1
-    size, uris = picture.size, []
-    picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    for kind in ("png", "jpeg"):
-        picture.save(file := BytesIO(), kind, quality=90, compress_level=3)
-        uris.append(f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}")
-    return images.setdefault((min(uris, key=len), *size), len(images))
 
 
 def _option(default, text, **more):

@@ -199,16 +199,3 @@ def parse_weights(text: str, defaults: Mapping[str, float] = WEIGHTS) -> dict[st
     return {**defaults, **named}
 
 
-def reward_parts(rollout, mode: str) -> dict[str, float]:
-    """The named parts of the reward of a `rollout.Rollout`, each within 0 and 1; mode: "episode" or "step"."""
-    task, turns = rollout.task, rollout.turns
-    if mode == "step":
-        from tools import parse_action  # not at the top: all else here is text in, floats out
-        action, gold = turns[0].action, parse_action(task["solution"])
-        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
-    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not turn.is_lost]
-    return episode_reward(
-        [turn.text for turn in turns], rollout.answer, task["answers"],
-        problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
-        gold_labels=task["type"] or None, tool_oks=[result.ok for _, result in results],
-        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)

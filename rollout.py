@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from PIL import Image, ImageOps
@@ -298,35 +297,6 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
     return {"id": task["id"], "question": task["question"], "prompt": rollout.opening, "image": str(task["image"]),
             "turns": turns, "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop,
             "tokens": len(rollout.ids)}
-
-
-def rollout_metrics(rows: list[dict]) -> dict[str, float]:
-    """Means over the rows of a step; the caller has added to each its success, reward, reward_parts and advantage."""
-    turns = [turn for row in rows for turn in row["turns"]]
-    names = sorted({name for row in rows for name in row["reward_parts"]})
-    parts = {name: fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names}
-    return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
-            "success": fmean(r["success"] for r in rows), "turns": fmean(len(r["turns"]) for r in rows),
-            "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
-            "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn and not turn["lost"]] or [1]),
-            "searches_lost": sum(turn.get("lost", False) for turn in turns),
-            "stop_length": fmean(r["stop"] == "length" for r in rows),
-            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
-            "flat_groups": fmean(r["advantage"] == 0 for r in rows)}
-
-
-def step_line(row: dict, steps: int, left: float) -> str:
-    """One readable line of a row of metrics; left: seconds to the end. What is wrong stands at its end."""
-    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
-    seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
-    notes = {f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
-             "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
-             "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
-             "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
-    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
-            f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
-            f"padding {row['padding']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}"
-            + "".join(f"  {note}" for note, holds in notes.items() if holds))
 
 
 def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:

@@ -21,9 +21,11 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -34,15 +36,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from evaluate import (append_json_line, checkpoints, clean, evaluate_policy, load_tasks, publish, read_json_lines,
-                      seed_step, take_folder, write_summary, write_whole)
+from data.files import append_json_line, publish, read_json_lines, take_folder, write_whole
+from data.tasks import load_tasks
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, copy_policy, export, gather, gathered, load_policy,
                    score, start_ranks)
-from reward import STEP_WEIGHTS, WEIGHTS, exact_match, parse_weights, reward_parts, weighted_sum
-from rollout import (PROMPTS, Limits, Rollout, Tools, collate, micro_batches, roll_out, rollout_metrics, rollout_row,
-                     step_line)
-from tools import CodeTool, SearchTool
+from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
+from rollout import PROMPTS, Limits, Rollout, Tools, collate, micro_batches, roll_out, rollout_row
+from tools import CodeTool, SearchTool, parse_action
 
 
 def flag(default, text):
@@ -139,6 +140,25 @@ def prompts_of_step(tasks: list[dict], step: int, config: Config) -> list[dict]:
     return chosen[dist.get_rank() * share:(dist.get_rank() + 1) * share]
 
 
+def seed_step(seed: int, step: int) -> None:
+    """All random numbers of a step on a rank: nothing has to be saved to resume, and ranks differ."""
+    torch.manual_seed((seed * 100_003 + step) * 1_009 + dist.get_rank())
+
+
+def reward_parts(rollout, mode: str) -> dict[str, float]:
+    """The named parts of the reward of a `rollout.Rollout`, each within 0 and 1; mode: "episode" or "step"."""
+    task, turns = rollout.task, rollout.turns
+    if mode == "step":
+        action, gold = turns[0].action, parse_action(task["solution"])
+        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
+    results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not turn.is_lost]
+    return episode_reward(
+        [turn.text for turn in turns], rollout.answer, task["answers"],
+        problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
+        gold_labels=task["type"] or None, tool_oks=[result.ok for _, result in results],
+        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)
+
+
 @torch.no_grad()
 def reference_logps(reference: Policy | None, batches: list, temperature: float) -> list[torch.Tensor | None]:
     """Log-probs of the starting model for every micro-batch, (B, T) nats each, or None without a reference."""
@@ -228,6 +248,81 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     return row
 
 
+def rollout_metrics(rows: list[dict]) -> dict[str, float]:
+    """Means over the rows of a step; the caller has added to each its success, reward, reward_parts and advantage."""
+    turns = [turn for row in rows for turn in row["turns"]]
+    names = sorted({name for row in rows for name in row["reward_parts"]})
+    parts = {name: fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names}
+    return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
+            "success": fmean(r["success"] for r in rows), "turns": fmean(len(r["turns"]) for r in rows),
+            "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
+            "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn and not turn["lost"]] or [1]),
+            "searches_lost": sum(turn.get("lost", False) for turn in turns),
+            "stop_length": fmean(r["stop"] == "length" for r in rows),
+            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
+            "flat_groups": fmean(r["advantage"] == 0 for r in rows)}
+
+
+def step_line(row: dict, steps: int, left: float) -> str:
+    """One readable line of a row of metrics; left: seconds to the end. What is wrong stands at its end."""
+    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
+    seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
+    notes = {f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
+             "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
+             "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
+             "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
+    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
+            f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
+            f"padding {row['padding']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}"
+            + "".join(f"  {note}" for note, holds in notes.items() if holds))
+
+
+def evaluate_policy(policy, tasks: list[dict], tools, step: int, config, reasons: Callable[[], list[str]]) -> bool:
+    """Success on held-out tasks as a row of evaluations.jsonl, once a step with the tools on or off; ranks share the tasks.
+
+    A row has shares of exact matches, 0 to 1: {"step", "tools", "success", "n", "by_family", "by_type"}. If any rank has
+    `reasons` to end the run, rollouts end early, no row is written, since none is known, and False is returned.
+    """
+    label, start = "on" if tools.code or tools.search else "off", time.perf_counter()
+    path, limits = Path(config.output_dir) / "evaluations.jsonl", replace(config.limits(), max_turns=config.max_turns)
+    if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
+        return True
+    seed_step(config.seed, -1 - step)
+    with gathered(policy):
+        rollouts, _ = roll_out(policy, tasks[dist.get_rank()::dist.get_world_size()], tools, limits, prompt=config.prompt,
+                               temperature=config.eval_temperature, interrupted=lambda: bool(reasons()))
+    if gather(reasons()):
+        return False
+    groups = {"success": {}, "by_family": {}, "by_type": {}}
+    for family, kinds, hit in gather([(r.task["family"], r.task["type"], exact_match(r.answer, r.task["answers"]))
+                                      for r in rollouts]):
+        for key, name in (("success", "all"), ("by_family", family), ("by_type", "+".join(kinds) or family)):
+            groups[key].setdefault(name, []).append(hit)
+    rates = {key: {name: round(fmean(hits), 4) for name, hits in sorted(by_name.items())}
+             for key, by_name in groups.items()}
+    if dist.get_rank() == 0:
+        success, kinds = rates["success"]["all"], "  ".join(f"{kind} {rate:.0%}" for kind, rate in rates["by_type"].items())
+        append_json_line(path, {"step": step, "tools": label, **rates, "success": success, "n": len(tasks)})
+        print(f"held-out success, tools {label}: {success:.1%} of {len(tasks)}   ({kinds})   "
+              f"{time.perf_counter() - start:.0f} s", flush=True)
+    dist.barrier()  # the row is there before any rank looks for it
+    return True
+
+
+def write_summary(out: Path, steps: int, **facts) -> dict:
+    """summary.json: held-out success before, after and with the tools off, in all and by family and type, and the facts."""
+    rows = read_json_lines(out / "evaluations.jsonl")
+    wanted = {"before": (0, "on"), "after": (steps, "on"), "tools_off": (steps, "off")}
+    picked = {when: next((r for r in rows if (r["step"], r["tools"]) == key), {}) for when, key in wanted.items()}
+    summary = {f"success_{when}": row.get("success") for when, row in picked.items()}
+    for key in ("by_family", "by_type"):
+        summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
+                        for name in picked["after"].get(key, {})}
+    summary |= {"steps": steps, **facts}
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
 def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
     """Write beside, with the checksum of every file, and rename: a checkpoint is whole or not there. Keeps the last --keep."""
     out, lead = Path(config.output_dir), dist.get_rank() == 0
@@ -243,6 +338,20 @@ def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, step: int,
         for _, old in checkpoints(out)[:-config.keep]:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never in parts under its own name
     dist.barrier()
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint of a run, oldest first."""
+    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
+
+
+def clean(out: Path, step: int) -> None:
+    """Bring the folder of a run back to what it was after `step`: what is later, or half written, is removed."""
+    for path in [*out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp"), *(out / "rollouts").glob("step_*")]:
+        if path.suffix == ".tmp" or int(path.stem[5:]) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path) if row["step"] <= step))
 
 
 def checksums(folder: Path) -> dict[str, list]:

@@ -20,7 +20,8 @@ from transformers.hf_argparser import string_to_bool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import Benchmark, MissingImage, load_tasks, write_whole  # noqa: E402
+from data.files import write_whole  # noqa: E402
+from data.tasks import Benchmark, MissingImage, load_tasks  # noqa: E402
 
 MAT, FLASHRAG, OURS = "laolao77/MAT", "RUC-NLPIR/FlashRAG_datasets", "this repository"
 MAX_NAMED = 10  # missing images; all are counted

@@ -38,7 +38,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import rollout as rollout_module  # noqa: E402
 from cost import Shape, forward_operations, step_operations  # noqa: E402
-from evaluate import evaluate_tasks, load_tasks  # noqa: E402
+from data.tasks import load_tasks  # noqa: E402
+from evaluate import evaluate_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
 from model import Decoder, EncodedImage, gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
 from rollout import Limits, Rollout, Tools, collate, roll_out  # noqa: E402

@@ -186,7 +186,7 @@ def parts(message: dict) -> tuple[str, Image.Image | None]:
 def stand_in(path: str | Path) -> Callable[[list[dict]], str]:
     """reply(messages) that calls a tool once, then gives the gold answer of a task of the file; None of them: "unknown"."""
     sys.path.insert(0, str(ROOT))
-    from evaluate import load_tasks
+    from data.tasks import load_tasks
     known: dict[str | None, list[dict]] = {}
     for task in load_tasks(path):
         picture = task["image"] and ImageOps.exif_transpose(Image.open(task["image"]))

@@ -20,7 +20,8 @@ from chat_server import FAULTS, QUICK, ChatServer, completion, parts, refuse, se
 from PIL import Image, ImageChops, ImageOps
 
 import tools
-from evaluate import ApiFailed, ApiRefused, ChatModel, chat_messages, load_tasks, read_prices
+from data.tasks import load_tasks
+from evaluate import ApiFailed, ApiRefused, ChatModel, chat_messages, read_prices
 from model import encode_text
 from rollout import PROMPTS, Limits, Rollout, Tools, Turn, roll_out
 from tools import Action, CodeTool, SearchTool, ToolResult

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluate import load_tasks, score
+from data.tasks import load_tasks
+from evaluate import score
 from model import load_policy
 from prepare import SOURCES, check, table, write_tasks
 from rollout import Limits, Tools, roll_out

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluate import write_report
+from data.report import write_report
 from tools import Action, ToolResult
 
 ROOT = Path(__file__).resolve().parent.parent

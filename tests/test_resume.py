@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from evaluate import append_json_line, read_json_lines, take_folder, write_whole
+from data.files import append_json_line, read_json_lines, take_folder, write_whole
 from model import start_ranks
-from rollout import rollout_metrics, step_line
-from train import Config, checkpoints, damaged_files, find_checkpoint
+from train import Config, checkpoints, damaged_files, find_checkpoint, rollout_metrics, step_line
 
 ROOT = Path(__file__).parent.parent
 TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2, "group_size": 2,

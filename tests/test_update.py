@@ -23,13 +23,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from conftest import CLEAN
-from evaluate import seed_step
 from make_model import make_model
 from model import encode_text, load_policy
 from ranks_worker import CODE, LIMITS, picture, task
 from rollout import Tools, roll_out
 from tools import CodeTool
-from train import Config, even_micro_batches, main, prepare, prompts_of_step, reference_logps, update
+from train import Config, even_micro_batches, main, prepare, prompts_of_step, reference_logps, seed_step, update
 
 ROOT = Path(__file__).parent.parent
 IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn

@@ -1,0 +1,101 @@
+"""Files of tasks and of runs: JSON rows with their place in every error, files that are whole or not there, folders.
+
+Nothing here knows what a row means: `data/tasks.py` does. Left out on purpose: formats other than JSON.
+"""
+import fcntl
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def read_rows(path: str | Path) -> list:
+    """The rows of a JSON list, or of a .jsonl file with one object a line."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; give the path of a .json or .jsonl file")
+    data, is_jsonl = Path(path).read_bytes(), Path(path).suffix == ".jsonl"
+    parts = data.split(b"\n") if is_jsonl else [data]
+    values = [parse_json(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]
+    rows = values if is_jsonl or not values else values[0]
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: must be a list of rows, got {str(rows)[:40]}; write [{{…}}], "
+                         "or one {…} a line in .jsonl")
+    return rows
+
+
+def parse_json(data: bytes, path: str | Path, line: int):
+    """The value of some JSON that begins at a line of a file. Raises ValueError "file, line N: not JSON (reason); …"."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
+        line += getattr(error, "lineno", 1) - 1
+        raise ValueError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)}); mend the line") from None
+
+
+def each_row(path: str | Path, rows: list, read: Callable[[dict, int], object],
+             problems: dict[int, ValueError] | None = None) -> list:
+    """[read(row, number)], with the place of a bad row in its error. Ids (or else numbers) must be distinct.
+    Given a dict of problems, bad rows are noted there and left out."""
+    results, row_of = [], {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"is no object but {type(row).__name__}; write {{\"id\": …}}")
+            result = read(row, number)
+            first = row_of.setdefault((str(row.get("id", number)), row.get("sample")), number)
+            if first != number:
+                raise ValueError(f"has the id {row.get('id', number)!r} of row {first}; give every row its own")
+            results.append(result)
+        except ValueError as error:
+            if problems is None:
+                raise ValueError(f"{path}, row {number}: {error}") from None
+            problems[number] = error
+    return results
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The whole rows of a file; a last one without its line end was cut off by a kill."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def append_json_line(path: Path, row: dict) -> None:
+    """Add a row, on the disk when this returns. A number that is not finite becomes null: JSON has no NaN."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    with open(path, "a") as file:
+        print(json.dumps(finite, allow_nan=False), file=file, flush=True)
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename: whoever reads the file sees the old text or the new one, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        print(text, end="", file=file, flush=True)
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def publish(beside: Path, final: Path) -> None:
+    """Give a folder its final name once all its files are on the disk; one of that name makes way."""
+    for path in beside.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final.rename(final.with_name(f"{final.name}.old.tmp")))  # never in parts under its own name
+    beside.rename(final)
+
+
+def take_folder(out: Path) -> None:
+    """Raise ValueError if the folder cannot be written, or another process is at it; the first rank's keeps it locked."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"x" * 4096)
+        if os.environ.get("RANK", "0") == "0":
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        why = "another process is at work there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
+        raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None

@@ -1,0 +1,104 @@
+"""The page of a run: what a training run or an evaluation left in its folder, as one file to open in a browser.
+
+    python evaluate.py --report runs/default
+"""
+import json
+import re
+from base64 import b64encode
+from functools import cache, partial
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from data.files import parse_json, write_whole
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of all Pillow reads: none that starts a program
+IMAGE_SIDE = 320  # pixels, at most, of an image in the page
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write one page about a training run or an evaluation into its folder, as report.html, and return its path.
+
+    The page needs no network. Texts of a model are hostile: they stand in it as JSON that cannot leave its element, are
+    only ever shown as text, and the page's policy forbids every request and every script but its own. Raises ValueError
+    for a folder of neither kind, and "file, line N: reason; way out" for a damaged file.
+    """
+    folder, images = Path(folder), {}
+    single = {name: next(iter(read_objects(folder / f"{name}.json")), {}) for name in ("config", "summary", "scores")}
+    if (folder / "items.jsonl").is_file():
+        kind, parts = "evaluation", [("items", folder / "items")]
+    elif (folder / "metrics.jsonl").is_file():
+        steps = [path.stem[5:] for path in folder.glob("rollouts/step_*.jsonl")]
+        steps = sorted(filter(str.isdecimal, steps), key=int)
+        kind, parts = "training", [(int(step), folder / f"rollouts/step_{step}") for step in steps]
+    else:
+        raise ValueError(f"{folder} has neither metrics.jsonl, as a training run does, nor items.jsonl, as an evaluation does; "
+                         "give the --output_dir of one")
+    embed = cache(partial(_embed, images))
+    data = {"name": folder.resolve().name, "kind": kind, **single,
+            "metrics": read_objects(folder / "metrics.jsonl"), "evaluations": read_objects(folder / "evaluations.jsonl"),
+            "sets": [{"name": name, "rows": _read_rollouts(folder, part, embed)} for name, part in parts],
+            "images": list(images)}
+    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
+        page = page.replace(f"{{{{{tag}}}}}", f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'")
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no tag, no comment; ASCII only: no U+2028
+    write_whole(folder / "report.html", page.replace("{{data}}", text))  # last, since the data may hold anything
+    return folder / "report.html"
+
+
+def _read_rollouts(run, folder, embed):
+    """Rows of `rollout.rollout_row`, from folder.jsonl, with the places of their images instead of their paths."""
+    path = folder.with_suffix(".jsonl")
+    rows = read_objects(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("turns"), list) or not all(isinstance(turn, dict) for turn in row["turns"]):
+            raise ValueError(f"{path}, line {number}: turns must be a list of objects; mend the line")
+        row["image"] = None if row.get("image") in (None, "None") else embed(Path(str(row["image"])))
+        for turn in row["turns"]:
+            if turn.get("image") is not None:
+                turn["image"] = embed(_own_image(run, folder, str(turn["image"])))
+    return rows
+
+
+def read_objects(path):
+    """The objects of a .json or .jsonl file of a run, none without it; a last line without its end is being written."""
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data.split(b"\n")[:-1] if path.suffix == ".jsonl" else [data] if data else []
+    objects = [parse_json(line, path, number) for number, line in enumerate(lines, start=1)]
+    for number, value in enumerate(objects, start=1):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number}: is no object but {type(value).__name__}; mend the line")
+    return objects
+
+
+def _own_image(run, folder, name):
+    """The path of an image that a tool made: a plain name in the folder of its rows (train.py writes the folder's before it).
+
+    None for a name that leads out of the run, by itself or by links.
+    """
+    name = name.removeprefix(f"{folder.name}/")
+    try:
+        path = (folder / name).resolve()
+        return path if name == Path(name).name and path.is_relative_to(run.resolve()) else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links, a zero byte
+        return None
+
+
+def _embed(images, path):
+    """The place in `images` of the picture at a path, as (data URI, width, height as it was); -1 if there is none to see."""
+    try:
+        if path is None or not path.is_file():  # reading a pipe would not end
+            return -1
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return -1
+    size, uris = picture.size, []
+    picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    for kind in ("png", "jpeg"):
+        picture.save(file := BytesIO(), kind, quality=90, compress_level=3)
+        uris.append(f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}")
+    return images.setdefault((min(uris, key=len), *size), len(images))
