@@ -21,18 +21,47 @@ def read_rows(path: str | Path) -> list:
     values = [parse_json(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]
     rows = values if is_jsonl or not values else values[0]
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: must be a list of rows, got {str(rows)[:40]}; write [{{…}}], "
+        raise ValueError(f"{path}: must be a list of rows, got {shown(rows)}; write [{{…}}], "
                          "or one {…} a line in .jsonl")
     return rows
 
 
 def parse_json(data: bytes, path: str | Path, line: int):
-    """The value of some JSON that begins at a line of a file. Raises ValueError "file, line N: not JSON (reason); …"."""
+    """The value of some JSON that begins at a line of a file. Raises ValueError "file, line N: not JSON (reason); …".
+
+    NaN and infinities, which tables write where a value is missing, count as null; half of a surrogate pair, which
+    neither a tokenizer nor a file takes, becomes "?".
+    """
     try:
-        return json.loads(data)
+        return _cleaned(json.loads(data))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
         line += getattr(error, "lineno", 1) - 1
         raise ValueError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)}); mend the line") from None
+
+
+def _cleaned(value):
+    """A value of JSON as `parse_json` returns it."""
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def shown(value) -> str:
+    """A value in an error message: its repr, cut after 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def row_id(row: dict, number: int) -> str | int | float:
+    """The id of a row, or its number where it has none. Raises ValueError if it is neither a text nor a number."""
+    found = number if row.get("id") is None else row["id"]
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        raise ValueError(f"id must be a text or a number, got {shown(found)}; give every row its own")
+    return found
 
 
 def each_row(path: str | Path, rows: list, read: Callable[[dict, int], object],
@@ -45,9 +74,10 @@ def each_row(path: str | Path, rows: list, read: Callable[[dict, int], object],
             if not isinstance(row, dict):
                 raise ValueError(f"is no object but {type(row).__name__}; write {{\"id\": …}}")
             result = read(row, number)
-            first = row_of.setdefault((str(row.get("id", number)), row.get("sample")), number)
+            name = row_id(row, number)
+            first = row_of.setdefault((str(name), str(row.get("sample"))), number)
             if first != number:
-                raise ValueError(f"has the id {row.get('id', number)!r} of row {first}; give every row its own")
+                raise ValueError(f"has the id {shown(name)} of row {first}; give every row its own")
             results.append(result)
         except ValueError as error:
             if problems is None:
