@@ -549,7 +549,7 @@ def _run(args):
         raise ValueError("--retry takes one process: another one may have read the items before those that failed are dropped")
     if args.ask == "rag" and args.tools == "off":
         raise ValueError("--ask rag searches once for every question; leave out --tools off")
-    tasks = load_tasks(args.tasks, args.benchmark, args.image_folder, args.limit)
+    tasks = load_tasks(args.tasks, args.benchmark, args.image_folder, args.limit, mode="episode")
     prices, world, out = read_prices(args.api_prices), int(os.environ.get("WORLD_SIZE", 1)), Path(args.output_dir)
     if args.api and (world > 1 or args.released_context):
         raise ValueError("--api takes one process, with a larger --batch_size, and no --released_context")

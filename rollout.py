@@ -179,6 +179,15 @@ def _open(policy, task, limits, group_size, prompt):
             for _ in range(group_size)]
 
 
+def opening_error(policy: Policy, task: dict, limits: Limits, prompt: str) -> Exception | None:
+    """Why no rollout of a task can begin: an image that is gone or damaged, a prompt that leaves no room for a turn."""
+    try:
+        _open(policy, task, limits, 1, prompt)
+    except Exception as error:  # of whatever kind: one task must not end a run of many
+        return error
+    return None
+
+
 def _load_image(policy, image):
     """(picture, encoded) of a picture, or of a path: kept for the next time as long as memory is cheap."""
     is_path = not isinstance(image, Image.Image)

@@ -33,16 +33,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
 from data.files import append_json_line, publish, read_json_lines, take_folder, write_whole
-from data.tasks import load_tasks
+from data.tasks import describe, load_tasks
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, copy_policy, export, gather, gathered, load_policy,
                    score, start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
-from rollout import PROMPTS, Limits, Rollout, Tools, collate, micro_batches, roll_out, rollout_row
+from rollout import PROMPTS, Limits, Rollout, Tools, collate, micro_batches, opening_error, roll_out, rollout_row
 from tools import CodeTool, SearchTool, parse_action
 
 
@@ -129,15 +130,49 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------- stages of a step
-def prompts_of_step(tasks: list[dict], step: int, config: Config) -> list[dict]:
-    """This rank's share of the P tasks of a step: each epoch is a shuffle of its own, a pure function of seed and step."""
-    chosen = []
-    for position in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
-        epoch, index = divmod(position, len(tasks))
-        order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
-        chosen.append(tasks[order[index]])
-    share = len(chosen) // dist.get_world_size()
-    return chosen[dist.get_rank() * share:(dist.get_rank() + 1) * share]
+def prompts_of_step(tasks: list[dict], step: int, config: Config,
+                    usable: Callable[[dict], bool] = lambda task: True) -> list[dict]:
+    """This rank's share of the P tasks of a step: each epoch is a shuffle of its own, a pure function of seed and step.
+
+    The place of a task that is not `usable` is taken by the one at its place in the next step, on whichever rank it is.
+    """
+    share, chosen = config.prompts_per_step // dist.get_world_size(), []
+    first = step * config.prompts_per_step + dist.get_rank() * share
+    for position in range(first, first + share):
+        candidates = (task_at(tasks, position + later * config.prompts_per_step, config) for later in range(len(tasks)))
+        task = next(filter(usable, candidates), None)
+        if task is None:
+            raise ValueError(f"none of {len(tasks)} tasks could be opened; the reasons are above")
+        chosen.append(task)
+    return chosen
+
+
+def task_at(tasks: list[dict], position: int, config: Config) -> dict:
+    """The task at a position, from 0, of the endless sequence of shuffled epochs."""
+    epoch, index = divmod(position, len(tasks))
+    order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+    return tasks[order[index]]
+
+
+def opens(policy: Policy, task: dict, config: Config, failed: list[str]) -> bool:
+    """Whether a rollout of the task can begin; if not, it is named on standard error, and its id added to `failed`."""
+    error = opening_error(policy, task, config.limits(), config.prompt)
+    if error is not None:
+        failed.append(task["id"])
+        print(f"task {task['id']!r} cannot be opened: {type(error).__name__}: {error}", file=sys.stderr)
+    return error is None
+
+
+def check_tasks(policy: Policy, tasks: list[dict], held_out: list[dict], config: Config) -> None:
+    """Open every task once, shared among the ranks. Ends the run before its first step if some cannot be played."""
+    mine = [(path, task) for path, part in ((config.tasks, tasks), (config.eval_tasks, held_out)) for task in part]
+    mine = mine[dist.get_rank()::dist.get_world_size()]
+    found = ((path, task, opening_error(policy, task, config.limits(), config.prompt)) for path, task in
+             tqdm(mine, desc="open the tasks", disable=dist.get_rank() > 0, delay=5, leave=False))
+    bad = gather([f"{path}, task {task['id']!r}: {error}; mend or remove it" for path, task, error in found if error is not None])
+    if bad:
+        more = f"\n… and {len(bad) - 5} more" if len(bad) > 5 else ""
+        sys.exit("error: " + "\n".join(bad[:5]) + more if dist.get_rank() == 0 else 1)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -145,7 +180,18 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed * 100_003 + step) * 1_009 + dist.get_rank())
 
 
-def reward_parts(rollout, mode: str) -> dict[str, float]:
+def success(rollout: Rollout, mode: str) -> float | None:
+    """1.0 if the answer is an exact match, else 0.0; None for a step whose gold action is no answer."""
+    golds = rollout.task["answers"]
+    if mode == "step":
+        gold = parse_action(rollout.task["solution"])
+        if gold.kind != "answer":
+            return None
+        golds = golds or [gold.content]
+    return exact_match(rollout.answer, golds)
+
+
+def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
     """The named parts of the reward of a `rollout.Rollout`, each within 0 and 1; mode: "episode" or "step"."""
     task, turns = rollout.task, rollout.turns
     if mode == "step":
@@ -230,15 +276,16 @@ def learning_rate(step: int, config: Config) -> float:
 
 # ------------------------------------------------------------------------------------------------- what a run leaves behind
 def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: list[float], advantages: list[float],
-             metrics: dict[str, float], seconds: dict[str, float], clock: float, config: Config) -> dict:
+             metrics: dict[str, float], seconds: dict[str, float], failed: list[str], clock: float, config: Config) -> dict:
     """Write a row of metrics.jsonl and, now and then, the rollouts; returns the row. The README defines every metric."""
     out = Path(config.output_dir)
     shown = out / "rollouts" if step in (1, config.steps) or step % config.rollouts_every == 0 else None
     rows = gather([{**rollout_row(r, shown, f"step_{step}/{dist.get_rank()}-{i}"), "reward_parts": parts[i],
-                    "reward": rewards[i], "advantage": advantages[i], "success": exact_match(r.answer, r.task["answers"])}
+                    "reward": rewards[i], "advantage": advantages[i], "success": success(r, config.mode)}
                    for i, r in enumerate(rollouts)])
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
-    row = {"step": step, **rollout_metrics(rows), **metrics, "lr": learning_rate(step - 1, config),
+    num_failed = int(all_reduce({"tasks": len(failed)})["tasks"])
+    row = {"step": step, **rollout_metrics(rows), "tasks_failed": num_failed, **metrics, "lr": learning_rate(step - 1, config),
            "tokens_per_s": metrics["tokens"] / spent["all"], "padding": spent.pop("padding"), "seconds": spent.pop("all"),
            **{f"seconds_{name}": value for name, value in spent.items()}}
     if dist.get_rank() == 0:
@@ -253,8 +300,9 @@ def rollout_metrics(rows: list[dict]) -> dict[str, float]:
     turns = [turn for row in rows for turn in row["turns"]]
     names = sorted({name for row in rows for name in row["reward_parts"]})
     parts = {name: fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names}
+    known = [r["success"] for r in rows if r["success"] is not None]
     return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
-            "success": fmean(r["success"] for r in rows), "turns": fmean(len(r["turns"]) for r in rows),
+            "success": fmean(known) if known else None, "turns": fmean(len(r["turns"]) for r in rows),
             "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
             "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn and not turn["lost"]] or [1]),
             "searches_lost": sum(turn.get("lost", False) for turn in turns),
@@ -267,11 +315,13 @@ def step_line(row: dict, steps: int, left: float) -> str:
     """One readable line of a row of metrics; left: seconds to the end. What is wrong stands at its end."""
     parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
     seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
-    notes = {f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
+    notes = {f"{row['tasks_failed']} tasks failed": row["tasks_failed"] > 0,
+             f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
              "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
              "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
              "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
-    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
+    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  "
+            f"success {'–' if row['success'] is None else format(row['success'], '.0%')}  "
             f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
             f"padding {row['padding']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}"
             + "".join(f"  {note}" for note, holds in notes.items() if holds))
@@ -280,7 +330,8 @@ def step_line(row: dict, steps: int, left: float) -> str:
 def evaluate_policy(policy, tasks: list[dict], tools, step: int, config, reasons: Callable[[], list[str]]) -> bool:
     """Success on held-out tasks as a row of evaluations.jsonl, once a step with the tools on or off; ranks share the tasks.
 
-    A row has shares of exact matches, 0 to 1: {"step", "tools", "success", "n", "by_family", "by_type"}. If any rank has
+    A row has shares of exact matches, 0 to 1: {"step", "tools", "success", "n", "by_family", "by_type"}. A task that cannot
+    be opened is named on standard error and counts as not solved. If any rank has
     `reasons` to end the run, rollouts end early, no row is written, since none is known, and False is returned.
     """
     label, start = "on" if tools.code or tools.search else "off", time.perf_counter()
@@ -288,14 +339,16 @@ def evaluate_policy(policy, tasks: list[dict], tools, step: int, config, reasons
     if not tasks or any(row["step"] == step and row["tools"] == label for row in read_json_lines(path)):
         return True
     seed_step(config.seed, -1 - step)
+    share, failed = tasks[dist.get_rank()::dist.get_world_size()], []
     with gathered(policy):
-        rollouts, _ = roll_out(policy, tasks[dist.get_rank()::dist.get_world_size()], tools, limits, prompt=config.prompt,
-                               temperature=config.eval_temperature, interrupted=lambda: bool(reasons()))
+        rollouts, _ = roll_out(policy, [task for task in share if opens(policy, task, config, failed)], tools, limits,
+                               prompt=config.prompt, temperature=config.eval_temperature,
+                               interrupted=lambda: bool(reasons()))
     if gather(reasons()):
         return False
+    hits = {r.task["id"]: exact_match(r.answer, r.task["answers"]) for r in rollouts}  # a failed task is not solved
     groups = {"success": {}, "by_family": {}, "by_type": {}}
-    for family, kinds, hit in gather([(r.task["family"], r.task["type"], exact_match(r.answer, r.task["answers"]))
-                                      for r in rollouts]):
+    for family, kinds, hit in gather([(task["family"], task["type"], hits.get(task["id"], 0.0)) for task in share]):
         for key, name in (("success", "all"), ("by_family", family), ("by_type", "+".join(kinds) or family)):
             groups[key].setdefault(name, []).append(hit)
     rates = {key: {name: round(fmean(hits), 4) for name, hits in sorted(by_name.items())}
@@ -410,10 +463,8 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
         raise ValueError(f"--output_dir {out} holds a run; add --resume to go on, or choose another folder")
     if config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide among {world} ranks")
-    tasks = load_tasks(config.tasks)
-    if config.mode == "step" and (missing := [task["id"] for task in tasks if not task["solution"]]):
-        raise ValueError(f"{config.tasks}: --mode step needs a solution in every row; {missing[0]} has none")
-    held_out = load_tasks(config.eval_tasks) if config.eval_tasks else []
+    tasks = load_tasks(config.tasks, mode=config.mode)
+    held_out = load_tasks(config.eval_tasks, mode="episode") if config.eval_tasks else []
     if 0 < config.eval_limit < len(held_out):
         held_out = random.Random(0).sample(held_out, config.eval_limit)  # in file order the first ones are of one family
     search = SearchTool(config.corpus, config.topk, pages=config.search_pages, cache=config.search_cache,
@@ -435,6 +486,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     first, folder = find_checkpoint(config) if config.resume else (0, None)
     options = {"shard": True, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     policy = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing, **options)
+    check_tasks(policy, tasks, held_out, config)
     reference = copy_policy(policy) if config.beta > 0 else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
     if folder:
@@ -445,7 +497,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
         sys.exit(f"error: a checkpoint takes {needed / 1e9:.2g} GB, --output_dir {out} has less room; make some" if lead else 1)
     if lead:
         write_whole(out / "config.json", json.dumps({"ranks": dist.get_world_size(), **asdict(config)}, indent=1) + "\n")
-    print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {len(tasks)} tasks, {len(held_out)} held "
+    print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {describe(tasks)}, {len(held_out)} held "
         f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; see {out}")
     rows = read_json_lines(out / "metrics.jsonl")
     skipped = len(list(takewhile(lambda row: row["skipped"], reversed(rows)))) % config.max_skipped  # in a row, of this start
@@ -469,7 +521,8 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
         for step in range(first, config.steps):
             clock = time.perf_counter()
             # 1. sample prompts
-            prompts = prompts_of_step(tasks, step, config)
+            failed = []  # ids of tasks that cannot be opened: others take their places
+            prompts = prompts_of_step(tasks, step, config, lambda task: opens(policy, task, config, failed))
             seed_step(config.seed, step)
             # 2. roll out, with live tools and no collectives
             with gathered(policy):
@@ -497,7 +550,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
             metrics = update(policy, optimizer, batches, num_real, ref_logps, config)
             seconds["update"] = time.perf_counter() - mark
             # 6. log
-            row = log_step(step + 1, rollouts, parts, rewards, advantages, metrics, seconds, clock, config)
+            row = log_step(step + 1, rollouts, parts, rewards, advantages, metrics, seconds, failed, clock, config)
             left = (time.perf_counter() - training) / (step + 1 - first) * (config.steps - step - 1)
             print(step_line(row, config.steps, left), flush=True)
             skipped = skipped + 1 if row["skipped"] else 0

@@ -154,7 +154,7 @@ MUTANTS = [
            [f"{ROLLOUT}::test_mask_of_a_search"]),
     # ---- resuming, randomness
     Mutant("resume_repeats", "a resumed run starts its data again", "train.py",
-           "prompts_of_step(tasks, step, config)", "prompts_of_step(tasks, step - first, config)", [RESUMED]),
+           "prompts_of_step(tasks, step, config,", "prompts_of_step(tasks, step - first, config,", [RESUMED]),
     Mutant("resume_loses_optimizer", "a resumed run starts with an empty optimizer", "train.py",
            'optim_state_dict=state["optimizer"])\n', 'optim_state_dict=state["optimizer"])\n        optimizer.state.clear()\n',
            [RESUMED]),
@@ -164,7 +164,7 @@ MUTANTS = [
            "* 1_009 + dist.get_rank())", "* 1_009)",
            [f"{UPDATE}::test_an_epoch_has_every_task_once_in_an_order_of_its_own_and_ranks_share_it"]),
     Mutant("ranks_share_prompts", "all ranks roll out the same prompts", "train.py",
-           "return chosen[dist.get_rank() * share:(dist.get_rank() + 1) * share]", "return chosen[:share]",
+           "first = step * config.prompts_per_step + dist.get_rank() * share", "first = step * config.prompts_per_step",
            [f"{UPDATE}::test_an_epoch_has_every_task_once_in_an_order_of_its_own_and_ranks_share_it"]),
     Mutant("epochs_alike", "every epoch has the same order", "train.py",
            "config.seed * 1_000_003 + epoch", "config.seed * 1_000_003",
