@@ -169,7 +169,7 @@ def check_tasks(policy: Policy, tasks: list[dict], held_out: list[dict], config:
     mine = mine[dist.get_rank()::dist.get_world_size()]
     found = ((path, task, opening_error(policy, task, config.limits(), config.prompt)) for path, task in
              tqdm(mine, desc="open the tasks", disable=dist.get_rank() > 0, delay=5, leave=False))
-    bad = gather([f"{path}, task {task['id']!r}: {error}; mend or remove it" for path, task, error in found if error is not None])
+    bad = gather([f"{path}, task {task['id']!r}: {error}; mend or remove it" for path, task, error in found if error])
     if bad:
         more = f"\n… and {len(bad) - 5} more" if len(bad) > 5 else ""
         sys.exit("error: " + "\n".join(bad[:5]) + more if dist.get_rank() == 0 else 1)
