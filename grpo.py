@@ -15,8 +15,6 @@ Left out on purpose: critics, reward models, learned baselines, entropy bonuses,
 Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, V vocabulary, H hidden size, N tokens of a packed row,
 d size of an attention head. Log-probs are in nats.
 """
-from typing import NamedTuple
-
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -145,7 +143,7 @@ def policy_loss(logps: torch.Tensor, advantages: torch.Tensor, weights: torch.Te
 
 
 # The G samples of a prompt differ only behind it: it is attended to by all of them, but computed once (prefix sharing, as in
-# arXiv 2506.05433 for the update and arXiv 2402.05099 for sampling). Both functions are exact.
+# arXiv 2506.05433). This is exact.
 Segments = list[tuple[int, list[int]]]  # of a packed row: for each group the tokens of its prompt, and of each sample
 
 
@@ -171,43 +169,3 @@ def packed_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
             k, v = torch.cat([prompt_key, k], dim=2), torch.cat([prompt_value, v], dim=2)  # (1, heads, prompt + size, d)
             outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling))
     return torch.cat(outputs, dim=2)
-
-
-class SharedPrompts(NamedTuple):
-    """The encoded prompts of one layer, and which of the B rows that are sampled continues which."""
-    key: torch.Tensor  # (P, key heads, L, d)
-    value: torch.Tensor  # (P, key heads, L, d)
-    padding: torch.Tensor | None  # (P, 1, 1, L) bool, True at padding; None where there is none
-    slots: torch.Tensor | None  # (B,) int64: row b is sample slots[b] % G of prompt slots[b] // G; None: row b is slot b of P·G
-    group_size: int  # G, the most rows that a prompt has
-
-
-def prompt_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-                     prompts: SharedPrompts, scaling: float) -> torch.Tensor:
-    """Attention of B rows to the prompts that they share and to their own tokens: one softmax over both.
-
-    query (B, heads, T, d), key and value (B, key heads, S, d), mask (B, 1, T, S) bool or None; returns (B, heads, T, d). Keys
-    of a prompt are read once for all its rows, whose queries stand side by side like those of one row. In float32.
-    """
-    rows, heads, length, size = query.shape
-    num_prompts, key_heads, prompt_length, _ = prompts.key.shape
-    key, value, prompt_key, prompt_value = (x.float() for x in (key, value, prompts.key, prompts.value))
-    q = (query.float() * scaling).reshape(rows, key_heads, -1, size)  # n = T queries of each head with the same keys
-
-    def by_prompt(x):  # (B, key heads, n, m) -> (P, key heads, G·n, m)
-        if prompts.slots is not None:
-            x = x.new_zeros(num_prompts * prompts.group_size, *x.shape[1:]).index_copy(0, prompts.slots, x)
-        return x.unflatten(0, (num_prompts, prompts.group_size)).transpose(1, 2).flatten(2, 3)
-
-    def by_row(x):  # (P, key heads, G·n, m) -> (B, key heads, n, m)
-        x = x.unflatten(2, (prompts.group_size, -1)).transpose(1, 2).flatten(0, 1)
-        return x if prompts.slots is None else x[prompts.slots]
-
-    to_prompt, to_own = by_prompt(q) @ prompt_key.mT, q @ key.mT  # (P, key heads, G·n, L), (B, key heads, n, S)
-    if prompts.padding is not None:
-        to_prompt.masked_fill_(prompts.padding, float("-inf"))
-    if mask is not None:
-        to_own.unflatten(2, (-1, length)).masked_fill_(~mask[:, :, None], float("-inf"))
-    weights = torch.cat([to_prompt, by_prompt(to_own)], dim=3).softmax(dim=3)
-    output = by_row(weights[..., :prompt_length] @ prompt_value) + by_row(weights[..., prompt_length:]) @ value
-    return output.reshape(rows, heads, length, size).to(query.dtype)

@@ -11,8 +11,8 @@ expanded here. Four rules, each of them a bug that was seen elsewhere:
 - Text of a task or a tool is tokenised with special tokens disabled: `<|im_end|>` in a search result is ten characters.
 - Rollouts run without collectives, on parameters gathered once: ranks may take different numbers of turns.
 
-What the G samples of a prompt share is computed once, in sampling (`Decoder`, which also keeps keys and values over turns) and
-in scoring (packed rows, `rollout.collate`): by an attention function of our own, which both set up.
+What the G samples of a prompt share is computed once: in sampling (`sample` repeats the keys and values of a prompt) and in
+scoring (packed rows, `rollout.collate`, by an attention function of our own).
 
 Left out on purpose: other model families, video, LoRA, quantisation, inference engines.
 
@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -39,7 +40,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from grpo import Segments, SharedPrompts, packed_attention, prompt_attention, token_logps
+from grpo import Segments, packed_attention, token_logps
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of an image, after resizing; the paper's training uses 401,408
 TEXT = "\x00"  # stands for the user's text while the chat template is rendered; no template holds it
@@ -54,6 +55,23 @@ class Sequence(Protocol):
     """What the model reads: token ids, and one encoded image for each run of `<|image_pad|>` in them."""
     ids: list[int]
     images: list[EncodedImage]
+    action_mask: list[int]  # 1 where an id was sampled: all before the first 1 is the prompt
+
+
+class Prompt(NamedTuple):
+    """What a sequence begins with. Two are equal if their ids are, and their images are the very same objects."""
+    ids: list[int]
+    images: list[EncodedImage]
+
+    def __eq__(self, other) -> bool:
+        return other is not None and self.ids == other.ids and [*map(id, self.images)] == [*map(id, other.images)]
+
+
+def prompt_of(policy: "Policy", sequence: Sequence) -> Prompt:
+    """The prompt of a sequence: all of it where nothing was sampled yet."""
+    length = sequence.action_mask.index(1) if 1 in sequence.action_mask else len(sequence.ids)
+    ids = sequence.ids[:length]
+    return Prompt(ids, sequence.images[:ids.count(policy.model.config.vision_start_token_id)])
 
 
 @dataclass
@@ -356,7 +374,7 @@ class Draw(LogitsProcessor):
 
 
 class HalfEnded(StoppingCriteria):
-    """Breaks a `generate` off once half of its rows have ended their turns: those leave, the others go on in a smaller one."""
+    """Stops a `generate` once half of its rows have ended their turns: those leave, the others go on in a smaller batch."""
 
     def __init__(self, end_id: int, interrupted: Callable[[], bool]):
         self.end_id, self.interrupted, self.ended = end_id, interrupted, False
@@ -366,168 +384,88 @@ class HalfEnded(StoppingCriteria):
         return (self.ended.float().mean() >= 0.5).expand(len(input_ids)) | self.interrupted()
 
 
-@dataclass(eq=False)
-class Stream:
-    """A sequence that is being sampled, as the decoder knows it; `ids` and `images` make it a `Sequence` of its own."""
-    row: Sequence  # the caller's, who appends to it between turns
-    prompt: int  # which of the decoder's prompts it begins with
-    seen: int  # number of ids that are encoded, in its prompt or beside its `Kept`
-    num_images: int  # and of images
-    turn: list[int] = field(default_factory=list)  # ids sampled in this turn
-    logps: list[float] = field(default_factory=list)
+@torch.no_grad()
+def sample(policy: Policy, sequences: list[Sequence], max_new_tokens: int, temperature: float,
+           interrupted: Callable[[], bool] = lambda: False, fed: Counter | None = None
+           ) -> list[tuple[list[int], list[float]]]:
+    """One turn for each of B sequences: [(ids with `<|im_end|>` if it was reached, log-probs in nats), ...].
 
-    ids = property(lambda self: self.row.ids + self.turn)
-    images = property(lambda self: self.row.images)
-
-
-class Kept(NamedTuple):
-    """Keys and values of B streams for what they hold beyond their prompts."""
-    streams: list[Stream]
-    filled: torch.Tensor  # (B, S) bool, False at holes
-    layers: list[tuple[torch.Tensor, torch.Tensor]]  # (B, key heads, S, d) each
-
-    def pick(self, streams: list[Stream]) -> "Kept":
-        """Those of some streams, with the holes closed: tokens move to the right end."""
-        rows = [self.streams.index(stream) for stream in streams]
-        filled = self.filled[rows]
-        order = filled.int().argsort(dim=1, stable=True)[:, filled.shape[1] - int(filled.sum(dim=1).max()):]
-        layers = [tuple(x[rows].take_along_dim(order[:, None, :, None], dim=2) for x in layer) for layer in self.layers]
-        return Kept(streams, filled.gather(1, order), layers)
-
-
-def _join(parts: list[Kept]) -> Kept:
-    """One below the other, with holes on the left of the shorter ones."""
-    width = max(part.filled.shape[1] for part in parts)
-
-    def stacked(tensors, dim):
-        pad = torch.nn.functional.pad
-        return torch.cat([pad(x, (0, 0) * (x.ndim - 1 - dim) + (width - x.shape[dim], 0)) for x in tensors])
-    layers = [tuple(stacked(tensors, 2) for tensors in zip(*layer)) for layer in zip(*(part.layers for part in parts))]
-    return Kept(sum((part.streams for part in parts), []), stacked([part.filled for part in parts], 1), layers)
-
-
-class Decoder:
-    """Samples turn after turn for B sequences, those of a prompt side by side. Lives as long as their rollouts.
-
-    Each prompt is encoded once for all sequences that begin with it, up to its last token. What a sequence holds beyond
-    that is fed once, and its keys and values are `kept`.
+    A prompt is encoded once for all neighbours that begin with it; its keys and values are then repeated. temperature 0 is
+    greedy (log-probs are then those at temperature 1). Random numbers come from torch's global generator. Once
+    `interrupted` says True turns end where they are. `fed` counts the tokens that the model is fed, as "all", and those of
+    them that are not padding, as "real".
     """
+    fed = Counter() if fed is None else fed
+    prompts = [prompt_of(policy, sequence) for sequence in sequences]
+    cache, mask = _encode_prompts(policy, prompts, fed)  # mask (B, S): 0 at padding
+    inputs = _unseen_inputs(policy, sequences, prompts)
+    turns, rows = [([], []) for _ in sequences], list(range(len(sequences)))  # rows: the sequences that still write
+    while rows:
+        new_mask = inputs.pop("attention_mask")  # (B, T), B: rows
+        mask = torch.cat([mask, new_mask], dim=1)  # (B, S)
+        steps_left = max_new_tokens - len(turns[rows[0]][0])
+        ids, logps = _generate(policy, cache, inputs | {"attention_mask": mask}, steps_left, temperature, interrupted)
+        for row, row_ids, row_logps in zip(rows, ids.tolist(), logps.tolist(), strict=True):
+            length = row_ids.index(policy.end_id) + 1 if policy.end_id in row_ids else len(row_ids)
+            turns[row] = turns[row][0] + row_ids[:length], turns[row][1] + row_logps[:length]
+            fed["real"] += length - 1  # the last one is sampled, not fed
+        steps = ids.shape[1]
+        fed["real"] += int(new_mask.sum())
+        fed["all"] += new_mask.numel() + len(rows) * (steps - 1)
+        going = [i for i, row in enumerate(rows) if turns[row][0][-1] != policy.end_id]
+        if steps == steps_left or interrupted():
+            break
+        cache.batch_select_indices(torch.tensor(going, device=policy.device, dtype=torch.long))
+        rows, mask = [rows[i] for i in going], torch.nn.functional.pad(mask[going], (0, steps - 1), value=1)
+        inputs = {"input_ids": ids[going, -1:], "attention_mask": torch.ones_like(mask[:, :1]),  # sampled, not yet fed
+                  "position_ids": inputs["position_ids"][:, going, -1:] + steps}
+    return turns
 
-    def __init__(self, policy: Policy, sequences: list[Sequence]):
-        """The sequences are prompts, of at least two tokens. Runs the vision tower and one forward pass."""
-        self.policy, self.streams, numbers, prompts = policy, [], {}, []
-        for s in sequences:
-            start = (*s.ids, *map(id, s.images))
-            if start not in numbers:
-                numbers[start] = len(prompts)
-                prompts.append(s)
-            self.streams.append(Stream(s, numbers[start], len(s.ids) - 1, len(s.images)))
-        inputs = model_inputs(policy, prompts, "left")
-        inputs |= {name: inputs[name][..., :-1] for name in ("input_ids", "attention_mask", "position_ids")}
-        with torch.no_grad():
-            encoded = policy.model.model(**inputs, past_key_values=DynamicCache(config=policy.model.config)).past_key_values
-        self.prompts = [(layer.keys, layer.values) for layer in encoded.layers]  # (P, key heads, L, d) each
-        self.computed, self.needed = inputs["input_ids"].numel(), int(inputs["attention_mask"].sum())  # tokens, so far
-        self.prompt_padding = inputs["attention_mask"][:, None, None] == 0  # (P, 1, 1, L)
-        nothing = [tuple(x.new_zeros(len(sequences), x.shape[1], 0, x.shape[3]) for x in layer) for layer in self.prompts]
-        self.kept = [Kept(self.streams, torch.zeros(len(sequences), 0, dtype=torch.bool, device=policy.device), nothing)]
 
-    @torch.no_grad()
-    def sample(self, live: list[Sequence], max_new_tokens: int, temperature: float,
-               interrupted: Callable[[], bool] = lambda: False) -> list[tuple[list[int], list[float]]]:
-        """One turn for each of `live`: [(ids with `<|im_end|>` if it was reached, log-probs in nats), ...].
+def _encode_prompts(policy: Policy, prompts: list[Prompt], fed: Counter) -> tuple[DynamicCache, torch.Tensor]:
+    """Keys and values of B prompts, up to each one's last token, and their mask, (B, S) int64. Equal neighbours are
+    encoded once."""
+    groups = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
+    inputs = model_inputs(policy, [prompt for prompt, _ in groups], "left")
+    inputs |= {name: inputs[name][..., :-1] for name in ("input_ids", "attention_mask", "position_ids")}
+    cache = DynamicCache(config=policy.model.config)
+    policy.model.model(**inputs, past_key_values=cache)
+    fed.update(real=int(inputs["attention_mask"].sum()), all=inputs["attention_mask"].numel())
+    sizes = torch.tensor([size for _, size in groups], device=policy.device)
+    cache.batch_select_indices(torch.arange(len(groups), device=policy.device).repeat_interleave(sizes))
+    return cache, inputs["attention_mask"].repeat_interleave(sizes, dim=0)
 
-        `live` are sequences of the constructor, in their order, that the caller has appended to; those that are missing
-        are dropped for good. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers come from
-        torch's global generator. Once `interrupted` says True turns end where they are.
-        """
-        wanted = set(map(id, live))
-        self.streams = [stream for stream in self.streams if id(stream.row) in wanted]
-        alive = sorted({stream.prompt for stream in self.streams})
-        if len(alive) < len(self.prompts[0][0]):
-            self.prompts = [(key[alive], value[alive]) for key, value in self.prompts]
-            self.prompt_padding = self.prompt_padding[alive]
-        for stream in self.streams:
-            stream.prompt, stream.turn, stream.logps = alive.index(stream.prompt), [], []
-        kept, self.kept = _join(self.kept).pick(self.streams), []
-        while kept.streams:
-            kept = self._generate(kept, max_new_tokens, temperature, interrupted)
-            going = [s for s in kept.streams if s.turn[-1] != self.policy.end_id and len(s.turn) < max_new_tokens]
-            if not going or interrupted():
-                break
-            self.kept.append(kept.pick([s for s in kept.streams if s not in going]))
-            kept = kept.pick(going)
-        self.kept.append(kept)
-        return [(stream.turn, stream.logps) for stream in self.streams]
 
-    def _generate(self, kept, max_new_tokens, temperature, interrupted):
-        """Continue the turns of some streams until half of them have ended theirs; returns what is then kept."""
-        inputs = self._unseen_inputs(kept)
-        cache = DynamicCache(config=self.policy.model.config)
-        for layer, (keys, values) in enumerate(kept.layers):
-            cache.update(keys, values, layer)
-        draw = Draw(temperature, self.policy.suppressed)
-        config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens - len(kept.streams[0].turn),
-                                  eos_token_id=self.policy.end_id, pad_token_id=self.policy.tokenizer.pad_token_id)
-        with self._prompts_shared(kept.streams):
-            # synced_gpus would make ranks wait for the longest: parameters are gathered, so nobody has to.
-            output = self.policy.model.generate(**inputs, past_key_values=cache, generation_config=config, synced_gpus=False,
-                                                logits_processor=[draw],
-                                                stopping_criteria=[HalfEnded(self.policy.end_id, interrupted)])
-        new = output[:, inputs["input_ids"].shape[1]:]  # (B, steps)
-        logps = torch.stack(draw.logps, dim=1).tolist()
-        lengths = [ids.index(self.policy.end_id) + 1 if self.policy.end_id in ids else len(ids) for ids in new.tolist()]
-        fed = torch.arange(new.shape[1] - 1, device=new.device) < torch.tensor(lengths, device=new.device)[:, None]
-        filled = torch.cat([inputs["attention_mask"].bool(), fed], dim=1)  # the last token was sampled, not fed
-        self.needed += int(filled.sum()) - int(kept.filled.sum())
-        self.computed += inputs["input_ids"].numel() + fed.numel()
-        for stream, ids, row_logps, length in zip(kept.streams, new.tolist(), logps, lengths, strict=True):
-            stream.seen = len(stream.ids) + min(length, fed.shape[1])
-            stream.num_images = len(stream.images)
-            stream.turn, stream.logps = stream.turn + ids[:length], stream.logps + row_logps[:length]
-        return Kept(kept.streams, filled, [(layer.keys, layer.values) for layer in cache.layers])
+def _unseen_inputs(policy: Policy, sequences: list[Sequence], prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+    """What each sequence holds from the last token of its prompt on, padded on the left: input_ids, attention_mask (B, T),
+    position_ids (3, B, T), and its images behind the prompt."""
+    inputs = token_inputs(policy, sequences, "left")
+    unseen = torch.tensor([len(s.ids) - len(p.ids) + 1 for s, p in zip(sequences, prompts)], device=policy.device)
+    width = int(unseen.max())
+    mask = torch.arange(width, device=policy.device) >= width - unseen[:, None]  # (B, T)
+    ids = inputs["input_ids"][:, -width:].masked_fill(~mask, policy.tokenizer.pad_token_id)  # no placeholder twice
+    images = [image for s, p in zip(sequences, prompts) for image in s.images[len(p.images):]]
+    return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": inputs["position_ids"][:, :, -width:],
+            **image_inputs(policy, images)}
 
-    def _unseen_inputs(self, kept):
-        """Inputs of `generate`: of each stream what neither its prompt nor what is kept holds, padded on the left."""
-        inputs = token_inputs(self.policy, kept.streams, "left")
-        unseen = torch.tensor([len(s.ids) - s.seen for s in kept.streams], device=self.policy.device)
-        width = int(unseen.max())
-        mask = torch.arange(width, device=unseen.device) >= width - unseen[:, None]  # (B, width)
-        ids = inputs["input_ids"][:, -width:].masked_fill(~mask, self.policy.tokenizer.pad_token_id)  # no placeholder twice
-        images = [image for s in kept.streams for image in s.images[s.num_images:]]
-        return {"input_ids": ids, "attention_mask": torch.cat([kept.filled, mask], dim=1).long(),
-                "position_ids": inputs["position_ids"][:, :, -width:], **image_inputs(self.policy, images)}
 
-    @contextmanager
-    def _prompts_shared(self, streams):
-        """Inside, the attention layers of the language model see the prompts of the streams before the cache."""
-        group_size = max(Counter(stream.prompt for stream in streams).values())
-        taken, slots = Counter(), []
-        for stream in streams:
-            slots.append(stream.prompt * group_size + taken[stream.prompt])
-            taken[stream.prompt] += 1
-        dense = slots == [*range(len(self.prompts[0][0]) * group_size)]  # all groups are whole, and stand in order
-        slots = None if dense else torch.tensor(slots, device=self.policy.device)
-        padding = self.prompt_padding if self.prompt_padding.any() else None
-        layers = [layer.self_attn for layer in self.policy.model.model.language_model.layers]
-        for layer, (key, value) in zip(layers, self.prompts, strict=True):
-            layer.prompts = SharedPrompts(key, value, padding, slots, group_size)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.prompts = None
+def _generate(policy: Policy, cache: DynamicCache, inputs: dict[str, torch.Tensor], max_new_tokens: int,
+              temperature: float, interrupted: Callable[[], bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, log-probs), (B, steps) each, until half of the rows have ended their turns; what follows an end is padding."""
+    draw = Draw(temperature, policy.suppressed)
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=policy.end_id,
+                              pad_token_id=policy.tokenizer.pad_token_id)
+    # synced_gpus would make ranks wait for the longest: parameters are gathered, so no rank has to.
+    output = policy.model.generate(**inputs, past_key_values=cache, generation_config=config, synced_gpus=False,
+                                   logits_processor=[draw], stopping_criteria=[HalfEnded(policy.end_id, interrupted)])
+    return output[:, inputs["input_ids"].shape[1]:], torch.stack(draw.logps, dim=1)
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, segments=None, **kwargs):
-    """Attention of a layer, as transformers calls it: packed with `segments`, sampling inside `_prompts_shared`, or plain."""
-    prompts = getattr(module, "prompts", None)
-    if segments is not None:
-        output = packed_attention(query, key, value, segments, scaling)
-    elif prompts is not None:
-        output = prompt_attention(query, key, value, attention_mask, prompts, scaling)
-    else:
+    """Attention of a layer, as transformers calls it: packed where `segments` are given, plain otherwise."""
+    if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    output = packed_attention(query, key, value, segments, scaling)
     return output.transpose(1, 2).contiguous(), None  # (B, T, heads, d)
 
 

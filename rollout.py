@@ -12,6 +12,7 @@ Rollouts know nothing of rewards: the caller scores them, and evaluation uses th
 Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, N tokens of a packed row.
 """
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +24,8 @@ from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo import Segments
-from model import (Decoder, EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, image_inputs,
-                   token_inputs)
+from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, image_inputs,
+                   prompt_of, sample, token_inputs)
 from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, parse_action
 
 # What stands after the question. `short` is for the laptop model, which learnt the form from demonstrations.
@@ -133,20 +134,16 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
     Raises ValueError, naming the task, if a prompt leaves no room for one turn.
     """
     rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
-    seconds, computed, needed = {"generate": 0.0, "tools": 0.0}, 0, 0
+    seconds, fed = {"generate": 0.0, "tools": 0.0}, Counter()
+    if sampler is None:
+        sampler = partial(sample, policy, max_new_tokens=limits.max_new_tokens, temperature=temperature,
+                          interrupted=interrupted, fed=fed)
     rows = max(1, limits.batch_tokens // limits.max_tokens)
     for start in range(0, len(rollouts), rows):
         if interrupted():
             break
-        part, mark = rollouts[start:start + rows], time.perf_counter()
-        law = {"max_new_tokens": limits.max_new_tokens, "temperature": temperature, "interrupted": interrupted}
-        decoder = None if sampler or limits.released_context else Decoder(policy, part)
-        seconds["generate"] += time.perf_counter() - mark
-        act = sampler or (partial(decoder.sample, **law) if decoder else lambda live: Decoder(policy, live).sample(live, **law))
-        _play(policy, part, tools, limits, act, interrupted, seconds)
-        if decoder:
-            computed, needed = computed + decoder.computed, needed + decoder.needed
-    return rollouts, seconds | {"padding": 1 - needed / computed if computed else 0.0}
+        _play(policy, rollouts[start:start + rows], tools, limits, sampler, interrupted, seconds)
+    return rollouts, seconds | {"padding": 1 - fed["real"] / fed["all"] if fed else 0.0}
 
 
 def _play(policy, rollouts, tools, limits, sampler, interrupted, seconds):
@@ -325,18 +322,18 @@ def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) ->
     """
     positions = token_inputs(policy, rollouts, "right")["position_ids"]  # (3, B, longest)
     ids, places, images, segments, targets, predictors = [], [], [], [], [], []
-    for (prompt, shown), group in groupby(enumerate(rollouts), key=lambda row: _prompt(policy, row[1])):
-        group, length = list(group), len(prompt)
+    for prompt, group in groupby(enumerate(rollouts), key=lambda row: prompt_of(policy, row[1])):
+        group, length, shown = list(group), len(prompt.ids), len(prompt.images)
         places.append(positions[:, group[0][0], :length])
-        images += group[0][1].images[:len(shown)]
-        ids += prompt
+        images += prompt.images
+        ids += prompt.ids
         last = len(ids) - 1  # predicts the first token of every sample
         for b, rollout in group:
             sample = rollout.ids[length:]
             predictors.append(torch.tensor([last, *range(len(ids), len(ids) + len(sample) - 1)]))
             targets.append(torch.tensor(sample))
             places.append(positions[:, b, length:len(rollout.ids)])
-            images += rollout.images[len(shown):]
+            images += rollout.images[shown:]
             ids += sample
         segments.append((length, [len(rollout.ids) - length for _, rollout in group]))
     inputs = {"input_ids": torch.tensor([ids], device=policy.device), "position_ids": torch.cat(places, dim=1)[:, None]}
@@ -349,20 +346,14 @@ def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) ->
                  torch.tensor(advantages, dtype=torch.float32, device=policy.device))
 
 
-def _prompt(policy, rollout):
-    """What makes two prompts one: their ids, and the very same images."""
-    ids = rollout.ids[:rollout.action_mask.index(1)]
-    return ids, [id(image) for image in rollout.images[:ids.count(policy.model.config.vision_start_token_id)]]
-
-
 def micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list[float], tokens: int) -> list[Batch]:
     """Cut rollouts, in their order, into batches of at most `tokens` packed tokens; one that is longer stands alone."""
     cuts, packed, prompt = [0], 0, None
     for i, rollout in enumerate(rollouts):
-        length = rollout.action_mask.index(1)
-        new = len(rollout.ids) if _prompt(policy, rollout) != prompt else len(rollout.ids) - length
+        before, prompt = prompt, prompt_of(policy, rollout)
+        new = len(rollout.ids) - (len(prompt.ids) if prompt == before else 0)
         if i > cuts[-1] and packed + new > tokens:
             cuts.append(i)
             packed, new = 0, len(rollout.ids)
-        packed, prompt = packed + new, _prompt(policy, rollout)
+        packed += new
     return [collate(policy, rollouts[a:b], advantages[a:b]) for a, b in zip(cuts, [*cuts[1:], len(rollouts)])]

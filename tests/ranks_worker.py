@@ -15,7 +15,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from model import Decoder, copy_policy, export, gathered, load_policy, score  # noqa: E402
+from model import copy_policy, export, gathered, load_policy, sample, score  # noqa: E402
 from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
 from tools import CodeTool  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
@@ -62,7 +62,7 @@ def play(policy, rank):
     recorded = replay(policy, lambda _: ["</think>" + turn for turn in chain])
 
     def sampler(live):
-        sampled = Decoder(policy, live).sample(live, 6, 1.0)
+        sampled = sample(policy, live, 6, 1.0)
         thoughts = [(ids[:-1], logps[:-1]) if ids[-1] == policy.end_id else (ids, logps) for ids, logps in sampled]
         return [(ids + action, logps + zeros) for (ids, logps), (action, zeros) in zip(thoughts, recorded(live))]
 
@@ -74,7 +74,7 @@ def play(policy, rank):
             "turns": [len(r.turns) for r in rollouts], "images": [len(r.images) for r in rollouts]}
 
 
-def sample(folder, whole):
+def sample_and_score(folder, whole):
     policy = load_policy(folder, shard=True)
     with gathered(policy):
         played = play(policy, dist.get_rank())
@@ -155,7 +155,7 @@ def main(model, reference, out):
     export(policy, Path(out) / f"exported-{dist.get_world_size()}")
     dist.barrier()
     if dist.get_world_size() == 2:
-        keep("sample", sample(model, whole))
+        keep("sample", sample_and_score(model, whole))
     dist.destroy_process_group()
 
 

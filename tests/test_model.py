@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from model import (Decoder, EncodedImage, check_model, encode_image, encode_observation, encode_prompt, encode_text, export,
-                   image_tokens, load_policy, model_inputs, score)
+from model import (EncodedImage, check_model, encode_image, encode_observation, encode_prompt, encode_text, export,
+                   image_tokens, load_policy, model_inputs, sample, score)
 from rollout import collate
 
 V, V_PADDED = 804, 832  # ids of the laptop tokenizer; rows of the embedding, padded as the hub pads 151,665 to 151,936
@@ -37,6 +38,7 @@ TOLERANCE = 1e-4  # nats in fp32: attention with and without a cache, padded or 
 class Row(NamedTuple):
     ids: list[int]
     images: list[EncodedImage] = []
+    action_mask: list[int] = []
 
 
 # ----------------------------------------------------------------------------------------------------------- fixtures
@@ -399,11 +401,6 @@ def test_positions_in_a_batch_are_those_of_the_sequence_alone(hub, plain, rows, 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
-def sample(policy, batch, max_new_tokens, temperature):
-    """One turn for each row."""
-    return Decoder(policy, batch).sample(batch, max_new_tokens, temperature)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("names", [["text"], ["image"], ["images"], ["long", "image", "text", "images", "text"]], ids="+".join)
 def test_tokens_are_sampled_from_the_law_of_the_plain_model(hub, plain, rows, names, temperature):
@@ -497,12 +494,15 @@ def test_a_row_ends_with_its_end_token_while_others_go_on(biased, rows):
 class Growing(SimpleNamespace):
     """A sequence that is appended to between turns; `law` is that of the plain model for all it holds."""
 
+    def __init__(self, row):
+        super().__init__(ids=list(row.ids), images=list(row.images), action_mask=[0] * len(row.ids))
+
     def append(self, ids, images=()):
-        self.ids, self.images = self.ids + ids, self.images + [*images]
+        self.ids, self.images, self.action_mask = self.ids + ids, self.images + [*images], self.action_mask + [1] * len(ids)
 
 
 @pytest.mark.parametrize("end_bias", [0.0, 5.0])  # the same length for all, or ragged
-def test_turns_continue_from_keys_and_values_as_from_the_whole_sequence(biased, rows, end_bias, monkeypatch):
+def test_turns_are_sampled_as_from_the_whole_sequence(biased, rows, end_bias, monkeypatch):
     """Three turns of two groups with observations of unlike lengths, new images, rows that leave for good, and rows that
     leave until their next turn: sampled from the law that a full encoding gives. Logits to 1e-4."""
     policy, plain, sizes = biased, biased.model, []
@@ -511,11 +511,11 @@ def test_turns_continue_from_keys_and_values_as_from_the_whole_sequence(biased, 
     with torch.no_grad():
         policy.model.lm_head.bias[END] = end_bias
     torch.manual_seed(0)
-    live = [Growing(ids=list(rows[name].ids), images=list(rows[name].images)) for name in ["image"] * 3 + ["text"] * 3]
-    decoder, checked = Decoder(policy, live), 0
+    live = [Growing(rows[name]) for name in ["image"] * 3 + ["text"] * 3]
+    checked = 0
     new_images = [encode_image(policy, picture(56 + 28 * i, 56, 10 + i)) for i in range(3)]
     for turn in range(3):
-        for i, (row, (ids, logps)) in enumerate(zip(live, decoder.sample(live, 9, 1.0), strict=True)):
+        for i, (row, (ids, logps)) in enumerate(zip(live, sample(policy, live, 9, 1.0), strict=True)):
             law = plain_law(plain, Row(row.ids + ids, row.images))
             expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
             assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
@@ -532,29 +532,33 @@ def test_turns_continue_from_keys_and_values_as_from_the_whole_sequence(biased, 
 
 def test_an_interrupted_turn_ends_at_its_next_token(hub, rows):
     asked = iter([False, False, True, True])
-    [(ids, logps)] = Decoder(hub, [rows["text"]]).sample([rows["text"]], 50, 1.0, lambda: next(asked))
+    [(ids, logps)] = sample(hub, [rows["text"]], 50, 1.0, lambda: next(asked))
     assert len(ids) == len(logps) == 3
 
 
-def test_the_cache_holds_no_more_than_the_live_rows_need(biased, rows):
+def test_a_prompt_is_encoded_once_a_group_and_rows_that_ended_leave_the_cache(biased, rows, monkeypatch):
     with torch.no_grad():
-        biased.model.lm_head.bias[END] = 3.0
+        biased.model.lm_head.bias[END] = 5.0
     torch.manual_seed(0)
-    live = [Growing(ids=list(rows[name].ids), images=list(rows[name].images)) for name in ["image"] * 2 + ["text"] * 2]
-    starts = [len(row.ids) for row in live]
-    decoder = Decoder(biased, live)
-    assert [tuple(key.shape) for key, _ in decoder.prompts] == [(2, 2, len(rows["image"].ids) - 1, 32)] * 3  # one a group
-    for turn in range(4):
-        for row, (ids, _) in zip(live, decoder.sample(live, 12, 1.0)):
-            row.append(ids)
-            row.append([5] * (1 + 7 * turn))
-        live = live[:max(1, len(live) - 1)]
-    decoder.sample(live, 1, 1.0)
-    [row] = live
-    needed = len(row.ids) - starts[0] + 1  # its tokens, and the last one of its prompt
-    [kept] = decoder.kept
-    assert [tuple(x.shape) for layer in kept.layers for x in layer] == [(1, 2, needed, 32)] * 6
-    assert len(decoder.prompts[0][0]) == 1
+    live = [Growing(rows[name]) for name in ["image"] * 4 + ["text"] * 4]
+    encoded, kept, generate, forward = [], [], biased.model.generate, biased.model.model.forward
+
+    def counted(**inputs):
+        kept.append((len(inputs["input_ids"]), len(inputs["past_key_values"].layers[0].keys)))
+        return generate(**inputs)
+    monkeypatch.setattr(biased.model, "generate", counted)
+    monkeypatch.setattr(biased.model.model, "forward", lambda *args, **inputs: encoded.append(
+        tuple(inputs["input_ids"].shape)) or forward(*args, **inputs))
+    fed = Counter()
+    turns = sample(biased, live, 40, 1.0, fed=fed)
+    longest = max(len(rows["image"].ids), len(rows["text"].ids)) - 1
+    assert encoded[0] == (2, longest)
+    assert len(kept) > 1 and all(ids == cached for ids, cached in kept)
+    sizes = [ids for ids, _ in kept]
+    assert sizes[0] == 8 and all(2 * after <= before for before, after in zip(sizes, sizes[1:]))
+    assert fed["all"] == sum(rows * tokens for rows, tokens in encoded)
+    sampled = sum(len(ids) for ids, _ in turns)
+    assert fed["real"] == len(rows["image"].ids) + len(rows["text"].ids) - 2 + sampled  # each sampled token's predecessor
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring

@@ -14,7 +14,7 @@ from chat_server import ChatServer, stand_in
 from conftest import CLEAN, run_script
 from evaluate import (ASKED, ChatModel, _append_items, _one_turn_answer, evaluate_tasks, load_tasks, main, read_items,
                       released_crop, summarize)
-from model import Decoder, encode_prompt, load_policy
+from model import encode_prompt, load_policy, sample
 from PIL import Image
 from rollout import PROMPTS, Limits, Rollout, Tools, replay, roll_out
 from tools import CodeTool, SearchTool, ToolResult
@@ -96,7 +96,7 @@ def test_rows_pictures_and_figures_are_those_of_the_episodes(alone):
 def test_a_batch_is_played_side_by_side(monkeypatch):
     """All its samples, however long an episode may get."""
     sizes = []
-    monkeypatch.setattr("rollout.Decoder", lambda policy, rows: sizes.append(len(rows)) or Decoder(policy, rows))
+    monkeypatch.setattr("rollout.sample", lambda policy, rows, **options: sizes.append(len(rows)) or sample(policy, rows, **options))
     limits = Limits(1, 4, 512, batch_tokens=512)
     evaluate_tasks(shipped(), some_tasks(), Tools(), limits, batch_size=5, samples=2, temperature=1.0)
     assert sizes == [10, 10, 4]

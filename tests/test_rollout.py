@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from build_index import index_corpus
 from grpo import token_weights
-from model import Decoder, Policy, image_tokens, load_policy, score
+from model import Policy, image_tokens, load_policy, sample, score
 from reward import f1_score
 from rollout import Limits, Tools, collate, micro_batches, replay, roll_out, rollout_row
 from tools import CodeTool, SearchTool
@@ -613,7 +613,7 @@ def test_recorded_chain_searches_twice(golden, policy, tmp_path):
 def test_sampling_leaves_the_rollouts_as_they_are(policy, mixed):
     before = [(list(r.ids), len(r.images)) for r in mixed]
     torch.manual_seed(0)
-    assert len(Decoder(policy, mixed).sample(mixed, 2, 1.0)) == 7
+    assert len(sample(policy, mixed, 2, 1.0)) == 7
     assert [(r.ids, len(r.images)) for r in mixed] == before
 
 
@@ -629,7 +629,7 @@ def test_a_task_image_is_read_and_encoded_once(policy, tmp_path):
 @pytest.mark.parametrize("batch_tokens", [1, 512, 1024, 100_000])
 def test_a_small_budget_plays_fewer_rollouts_side_by_side(policy, batch_tokens, monkeypatch):
     seen = []
-    monkeypatch.setattr("rollout.Decoder", lambda _, rows: seen.append(len(rows)) or Decoder(policy, rows))
+    monkeypatch.setattr("rollout.sample", lambda _, rows, **options: seen.append(len(rows)) or sample(policy, rows, **options))
     limits = Limits(max_turns=1, max_new_tokens=4, max_tokens=512, batch_tokens=batch_tokens)
     rollouts, _ = roll_out(policy, [task(1), task(2)], Tools(), limits, group_size=3)
     assert seen == {1: [1] * 6, 512: [1] * 6, 1024: [2] * 3, 100_000: [6]}[batch_tokens]
