@@ -41,7 +41,7 @@ from cost import Shape, forward_operations, step_operations  # noqa: E402
 from data.tasks import load_tasks  # noqa: E402
 from evaluate import evaluate_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
-from model import Decoder, EncodedImage, gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
+from model import EncodedImage, gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
 from rollout import Limits, Rollout, Tools, collate, roll_out  # noqa: E402
 from tools import Action, ToolResult  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
@@ -340,22 +340,6 @@ def prompts_apart():
     rollout_module._open = open_rollouts
 
 
-@contextlib.contextmanager
-def turns_anew():
-    """Inside, every turn encodes the whole sequence again."""
-    class Forgetful:
-        computed = needed = 1
-
-        def __init__(self, policy, rows):
-            self.policy = policy
-
-        def sample(self, live, *args, **options):
-            return Decoder(self.policy, live).sample(live, *args, **options)
-    rollout_module.Decoder = Forgetful
-    yield
-    rollout_module.Decoder = Decoder
-
-
 def bench_parts(args):
     """The same steps with and without one of the things that make them fast."""
     print("\n| model, steps | without | generate, s with / without | update, s with / without | whole step, with over without |"
@@ -369,7 +353,7 @@ def bench_parts(args):
             policy = load(name)
             optimizer = adamw(policy)
             small, large = (8, (112, 112), 20), (2, (616, 616), 340)  # prompts, pixels, words
-            for scenario, without, tasks in [(one, prompts_apart, small), (two, prompts_apart, small), (two, turns_anew, small),
+            for scenario, without, tasks in [(one, prompts_apart, small), (two, prompts_apart, small),
                                              (mat, prompts_apart, large)]:
                 clocks, tasks = ([], []), make_tasks(policy, *tasks)
                 for repeat in range(1 + (5 if model == "laptop" else args.repeats)):  # the first is a warm-up

@@ -530,6 +530,17 @@ def test_turns_are_sampled_as_from_the_whole_sequence(biased, rows, end_bias, mo
         assert sizes == [6, 5, 2] and checked == 9 * (6 + 5 + 2)
 
 
+def test_prompts_of_equal_text_but_other_images_are_sampled_apart(hub, plain):
+    images = [encode_image(hub, picture(56, 56, seed)) for seed in (1, 2)]
+    live = [Row(encode_prompt(hub, "Which?", image), [image]) for image in images]
+    assert live[0].ids == live[1].ids
+    torch.manual_seed(0)
+    for row, (ids, logps) in zip(live, sample(hub, live, 5, 1.0), strict=True):
+        law = plain_law(plain, Row(row.ids + ids, row.images))
+        expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+        assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
+
+
 def test_an_interrupted_turn_ends_at_its_next_token(hub, rows):
     asked = iter([False, False, True, True])
     [(ids, logps)] = sample(hub, [rows["text"]], 50, 1.0, lambda: next(asked))

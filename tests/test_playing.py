@@ -96,7 +96,8 @@ def test_rows_pictures_and_figures_are_those_of_the_episodes(alone):
 def test_a_batch_is_played_side_by_side(monkeypatch):
     """All its samples, however long an episode may get."""
     sizes = []
-    monkeypatch.setattr("rollout.sample", lambda policy, rows, **options: sizes.append(len(rows)) or sample(policy, rows, **options))
+    monkeypatch.setattr("rollout.sample",
+                        lambda policy, rows, **options: sizes.append(len(rows)) or sample(policy, rows, **options))
     limits = Limits(1, 4, 512, batch_tokens=512)
     evaluate_tasks(shipped(), some_tasks(), Tools(), limits, batch_size=5, samples=2, temperature=1.0)
     assert sizes == [10, 10, 4]
