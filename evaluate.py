@@ -359,14 +359,14 @@ def _joined(content, kinds):
 def with_thought(thought: str, text: str, whole: bool) -> str:
     """A turn as the model wrote it, `<think> … </think>` and the action, of which a server has split the thought off.
 
-    Servers that strip both parts lose the white space around the tags: single spaces stand for it.
+    Servers that strip both parts lose the white space around the tags: what our models write there stands for it.
     """
     thought = re.sub(r"\A\s*<think>|</think>\s*\Z", "", thought)
     inside, tag, _ = text.partition("</think>")
     if not thought.strip() or tag and thought.strip() in inside:  # none, or the server has left it where it was, too
         return text
     if thought == thought.strip():
-        thought, text = f" {thought} ", f" {text}"
+        thought, text = f" {thought} ", f"\n{text}"
     return f"<think>{thought}</think>{text}" if whole or text.strip() else f"<think>{thought.rstrip()}"
 
 
