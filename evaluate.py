@@ -137,20 +137,21 @@ def _prediction(row, number):
 
 
 PROBE = [{"role": "user", "content": "Say hello."}]  # any endpoint that works answers this
-OWN_SHARE = 0.8  # of the patience, for the tries of a reply itself; the rest is for the probe that follows
-TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning")  # types of parts of a content
+OWN_SHARE = 0.8  # of the patience, for the tries of a reply itself; the rest is for the probe
+TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning")  # of a content
 TOKEN_COUNTS = {"prompt_tokens": ("prompt_tokens",), "completion_tokens": ("completion_tokens",),
                 "cached_tokens": ("prompt_tokens_details", "cached_tokens"),  # these two are parts of those above
                 "reasoning_tokens": ("completion_tokens_details", "reasoning_tokens")}
 
 
 class ApiRefused(ValueError):
-    """The endpoint answers nothing: wrong address, model or key, no credit, or dead. The message names the way out."""
+    """The endpoint answers nothing: wrong address, model or key, no credit, or dead. The message
+    names the way out."""
 
 
 class ApiFailed(Exception):
-    """One reply could not be had, though the endpoint answers others. The message is its kind: timeout, unreachable,
-    bad_reply, http_500, "http_400: …"."""
+    """One reply could not be had, though the endpoint answers others. The message is its kind:
+    timeout, unreachable, bad_reply, http_500, "http_400: …"."""
 
 
 class ChatModel:
@@ -160,12 +161,15 @@ class ChatModel:
     request, `patience` for all tries of one reply, waits included; `backoff` is the first wait; all in seconds. A key is read
     from OPENAI_API_KEY, sent to `url` and nowhere else (no redirect is followed), and never shown. Proxies are not used.
 
-    What may pass is asked again, with doubled waits or as Retry-After says: timeouts, connections that fail, replies that are
-    cut or of another shape, and the statuses 408, 409, 429 and 5xx. Where a reply still cannot be had, a short prompt is sent:
-    if that is answered, the fault is the item's, and else the endpoint's. Reasoning models refuse max_tokens and temperature:
-    where status 400 says that one is unsupported, the run goes on with max_completion_tokens, or without a temperature.
-    `parameters` are those in use. `unanswered` counts the replies in a row that did not come in time. Raises ValueError for
-    what cannot work.
+    What may pass is asked again, with doubled waits or as Retry-After says: timeouts, connections
+    that fail, replies that are cut or of another shape, and the statuses 408, 409, 429 and 5xx.
+    Where a reply still cannot be had, a short prompt is sent. If that is answered, the fault is the
+    item's (ApiFailed), and else the endpoint's (ApiRefused).
+
+    Reasoning models refuse max_tokens and temperature: where status 400 says that one is unsupported,
+    the run goes on with max_completion_tokens, or without a temperature; `parameters` are those in
+    use. `unanswered` counts the items in a row that had no reply in time. Raises ValueError for what
+    cannot work.
     """
 
     def __init__(self, url: str, model: str, *, max_new_tokens: int = 1024, temperature: float = 0.0,
@@ -191,8 +195,8 @@ class ChatModel:
 
     @property
     def usage(self) -> Counter:
-        """Totals so far: requests, of them retries and uncounted (replies without a count of tokens), TOKEN_COUNTS, and empty
-        (turns without a text: a refusal, a call of a tool that nobody offered)."""
+        """Totals so far: requests, of them retries and uncounted (replies without a count of tokens),
+        TOKEN_COUNTS, and empty (turns without a text: a refusal, a call of a tool not offered)."""
         with self._lock:
             return Counter(self._usage)
 
@@ -205,41 +209,43 @@ class ChatModel:
         return prices and (usage["prompt_tokens"] * prices[0] + usage["completion_tokens"] * prices[1]) / 1e6
 
     def check(self, seconds: float | None = None) -> None:
-        """Ask for a word, with the parameters of a turn. ApiRefused if none comes within `seconds`, by default the patience."""
+        """Send a short prompt with the parameters of a turn, so that what they cannot do shows here.
+        ApiRefused if no reply comes within `seconds`, by default the patience."""
         seconds = self._patience if seconds is None else seconds
         try:
             self._ask_patiently(PROBE, time.monotonic() + seconds)
         except RequestFailed as failure:
             kind, why = str(failure), self._message(str(failure.__cause__ or failure.detail))
             if failure.retry_after == float("inf"):
-                raise ApiRefused(f"{self.url} answers {kind} for model {self.model} ({why}); check --api (it ends in /v1 as a "
-                                 "rule), --model and OPENAI_API_KEY") from None
-            raise ApiRefused(f"{self.url} gives no reply: {kind} ({why}); check --api and the server; the same command goes "
-                             "on") from None
+                raise ApiRefused(f"{self.url} answers {kind} for model {self.model} ({why}); check --api "
+                                 "(it ends in /v1 as a rule), --model and OPENAI_API_KEY") from None
+            raise ApiRefused(f"{self.url} gives no reply: {kind} ({why}); check --api and the server; "
+                             "the same command goes on") from None
 
     def reply(self, rollout) -> tuple[str, bool]:
         """The next turn of a `rollout.Rollout`, and whether it is whole: False where max_new_tokens cut it off.
 
         A refusal is an empty text. Raises ApiFailed for this reply, ApiRefused for the whole run.
         """
-        started = time.monotonic()
+        messages, started = chat_messages(rollout), time.monotonic()
         try:
-            thought, text, reason = self._ask_patiently(chat_messages(rollout), started + OWN_SHARE * self._patience)
+            thought, text, reason = self._ask_patiently(messages, started + OWN_SHARE * self._patience)
         except RequestFailed as failure:
             self.check(started + self._patience - time.monotonic())
-            kind, why, refused = str(failure), self._message(failure.detail), failure.retry_after == float("inf")
+            kind, why = str(failure), self._message(failure.detail)
+            refused = failure.retry_after == float("inf")
             with self._lock:
                 self.unanswered += not refused
             raise ApiFailed(f"{kind}: {why}" if refused and why else kind) from failure
         self.unanswered, whole = 0, reason != "length"
         if whole and not text.strip():
             self._count(empty=1)
-            self._say_once("empty", f"a reply without a text (finish_reason {reason}) counts as an invalid turn; `empty` in "
-                                    "usage.jsonl counts them")
+            self._say_once("empty", f"a reply without a text (finish_reason {reason}) counts as an "
+                                    "invalid turn; `empty` in usage.jsonl counts them")
         return self._clean(with_thought(thought, text, whole)), whole
 
     def _ask_patiently(self, messages, give_up):
-        """What `_ask` returns. RequestFailed as soon as another try would come too late, or could not help."""
+        """What `_ask` returns. RequestFailed once another try would be too late, or could not help."""
         for attempt in count():
             parameters, left = self.parameters, give_up - time.monotonic()
             self._count(requests=1, retries=int(attempt > 0))
@@ -258,11 +264,12 @@ class ChatModel:
                 raise failure
             if wait:
                 cause = self._message(str(failure.__cause__ or why))
-                self._say_once("again", f"{kind} ({cause}); asks again, for up to {self._patience:g} s a reply")
+                self._say_once("again", f"{kind} ({cause}); asks again, for up to "
+                                        f"{self._patience:g} s a reply")
             time.sleep(wait)
 
     def _ask(self, payload, seconds):
-        """(thought, text, finish_reason) of one request; the thought is what a server has split off."""
+        """(thought, text, finish_reason) of one request; a thought is what the server has split off."""
         body, _ = fetch(self.url.rstrip("/") + "/chat/completions", payload, self._headers, seconds=seconds)
         reply = None
         try:
@@ -273,17 +280,17 @@ class ChatModel:
             message, reason = choice["message"], choice.get("finish_reason")
             if reason == "error":
                 raise ValueError("the server gave up in mid-turn")
-            content, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
-            text = _joined(content, TEXT_PARTS)
+            content, text = message.get("content"), _joined(message.get("content"), TEXT_PARTS)
+            thought = message.get("reasoning_content") or message.get("reasoning")
             if not isinstance(thought, str):
                 thought = _joined(content, THOUGHT_PARTS) if isinstance(content, list) else ""
             if not text.strip() and parse_action(thought).kind != "invalid":
                 thought, text = "", thought  # the server took all for a thought
             return thought, text, reason
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or of another shape
-            status = _status_of(reply)
-            raise RequestFailed(f"http_{status}" if status else "bad_reply", float("inf") if status else None,
-                                body) from None
+            if status := _status_of(reply):
+                raise RequestFailed(f"http_{status}", detail=body) from None
+            raise RequestFailed("bad_reply", None, body) from None
 
     def _say_once(self, topic, line):
         with self._lock:
@@ -342,14 +349,15 @@ def _token_count(reply, path):
 
 
 def _status_of(reply):
-    """The status that an error in a reply of status 200 names, where asking again cannot help; None for all else."""
+    """The status that an error names in a reply of status 200 (as OpenRouter's do), where asking
+    again cannot help; None for all else."""
     error = reply.get("error") if isinstance(reply, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
     return code if type(code) is int and 400 <= code < 500 and code not in (408, 409, 429) else None
 
 
 def _joined(content, kinds):
-    """The text of a content that is null, a text, or a list of parts, of which those of `kinds` are taken."""
+    """The text of a content: null, a text, or a list of parts, of which those of `kinds` count."""
     if not isinstance(content, list):
         return "" if content is None else content
     chosen = [(kind, part) for part in content if (kind := part.get("type", "text")) in kinds]
@@ -357,17 +365,21 @@ def _joined(content, kinds):
 
 
 def with_thought(thought: str, text: str, whole: bool) -> str:
-    """A turn as the model wrote it, `<think> … </think>` and the action, of which a server has split the thought off.
+    """A turn as the model wrote it, `<think> … </think>` and the action, whose thought a server has
+    split off.
 
-    Servers that strip both parts lose the white space around the tags: what our models write there stands for it.
+    Servers that strip both parts lose the white space around the tags. What our models write there
+    stands for it: with a space for the line break, the laptop model answers otherwise.
     """
     thought = re.sub(r"\A\s*<think>|</think>\s*\Z", "", thought)
     inside, tag, _ = text.partition("</think>")
-    if not thought.strip() or tag and thought.strip() in inside:  # none, or the server has left it where it was, too
+    if not thought.strip() or tag and thought.strip() in inside:  # none, or it stands in the text too
         return text
+    if not whole and not text.strip():
+        return f"<think> {thought.strip()}"
     if thought == thought.strip():
         thought, text = f" {thought} ", f"\n{text}"
-    return f"<think>{thought}</think>{text}" if whole or text.strip() else f"<think>{thought.rstrip()}"
+    return f"<think>{thought}</think>{text}"
 
 
 def chat_messages(rollout) -> list[dict]:
@@ -416,7 +428,8 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     Into output_dir go items.jsonl (a row an item, as they come; with images in items/), predictions.json in the released
     format, and scores.json. Called again it goes on where it was stopped, and comes to the same files. Processes of torchrun
     share the batches; the first one waits for all, the others return nothing. An item that fails is a row with its error.
-    Raises ApiRefused if the endpoint fails all, and ValueError if every item has failed: nothing was measured then.
+    Raises ApiRefused if the endpoint answers nothing; the items under way are left undone. Raises
+    ValueError if every item has failed.
     """
     out, limits = output_dir and Path(output_dir), replace(limits, batch_tokens=batch_size * samples * limits.max_tokens)
     rank = int(os.environ.get("RANK", 0)) if out else 0
@@ -441,8 +454,9 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
                 _append_items(out / "items.jsonl", rows)
             bar.update(len(rows))
             if chat and chat.unanswered > 1 and all(row["error"] for row in rows):
-                raise ApiRefused(f"{chat.url} answers a short prompt, but no item in time ({rows[-1]['error']}); check the "
-                                 "server and --api_timeout; the same command goes on, --retry True asks for failed items again")
+                raise ApiRefused(f"{chat.url} answers a short prompt, but no item in time "
+                                 f"({rows[-1]['error']}); check the server and --api_timeout; the same "
+                                 "command goes on, --retry True asks for the failed items again")
         if rank == 0:
             done = _wait_for_ranks(out, set(wanted), done, bar)
     return _write([done[key] for key in wanted], benchmark, out) if rank == 0 else {}
@@ -468,12 +482,12 @@ def _wait_for_ranks(out, wanted, done, bar):
 
 
 def _write(rows, benchmark, out):
-    """Write what the finished evaluation leaves; returns the scores. ValueError if there are none, as every item failed."""
+    """Write what a finished evaluation leaves; returns the scores. ValueError if every item failed."""
     if out:
         write_whole(out / "items.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if all(row["error"] for row in rows):
-        raise ValueError(f"every item failed, so there are no scores; the first with: {rows[0]['error']}; when that is mended, "
-                         "--retry True plays them again")
+        raise ValueError(f"every item failed, so there are no scores; the first with: {rows[0]['error']}; "
+                         "when that is mended, --retry True plays them again")
     scores = summarize(rows, benchmark)
     if out:
         kept = ("id", "gt", "pred_answer", "split") + ("sample",) * (rows[-1]["sample"] > 0)
@@ -728,8 +742,8 @@ def _table(scores, sign):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 after a line "error: …" on standard error for what the user can mend: also where every
-    item failed, and no scores are printed."""
+    """The command line. Returns 0, or 2 after a line "error: …" on standard error for what the user
+    can mend. It returns 2 and prints no scores where every item failed."""
     parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
     try:
         args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

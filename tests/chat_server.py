@@ -138,7 +138,8 @@ class ChatServer(Loopback):
             returns one of these
     seen    the requests, in order; `failed` counts the faults by name
     """
-    def __init__(self, reply: Callable[[list[dict]], str | dict], faults: dict | list | Callable = (), *, seed: int = 0, port: int = 0):
+    def __init__(self, reply: Callable[[list[dict]], str | dict], faults: dict | list | Callable = (), *,
+                 seed: int = 0, port: int = 0):
         super().__init__(port)
         self.reply, self.seed = reply, seed
         self.faults = faults if isinstance(faults, dict) or callable(faults) else list(faults)

@@ -155,7 +155,8 @@ def words(text):
 
 @pytest.mark.parametrize("message, reason, expected", [
     # the thought apart, as servers with a reasoning parser send it: stripped, or as the model wrote it
-    ({"content": "<answer> C </answer>", "reasoning_content": "I see."}, "stop", "<think> I see. </think>\n<answer> C </answer>"),
+    ({"content": "<answer> C </answer>", "reasoning_content": "I see."}, "stop",
+     "<think> I see. </think>\n<answer> C </answer>"),
     ({"content": "<answer> C </answer>", "reasoning": "I see."}, "stop", "<think> I see. </think>\n<answer> C </answer>"),
     ({"content": " <answer> C </answer>", "reasoning": "\nI see.\n"}, "stop", "<think>\nI see.\n</think> <answer> C </answer>"),
     ({"content": "<answer> C </answer>", "reasoning": "<think>I see.</think>"}, "stop",
@@ -367,7 +368,8 @@ def test_nobody_waits_past_the_patience(wait):
 
 @pytest.mark.parametrize("body, message", [
     ({"error": {"message": "too long", "code": 1}}, "too long"), ({"object": "error", "message": "too long"}, "too long"),
-    ({"detail": "too long"}, "too long"), ({"error": "too long"}, "too long"), ([{"error": {"message": "too long"}}], "too long"),
+    ({"detail": "too long"}, "too long"), ({"error": "too long"}, "too long"),
+    ([{"error": {"message": "too long"}}], "too long"),
     ({"detail": [{"msg": "too long"}]}, '{"detail": [{"msg": "too long"}]}'), ([], "[]"),
     ({"error": {"message": 7}}, "7"), ([7], "[7]"), (b"<b>too</b>\n long", "<b>too</b> long"),
     (b"a\x1b[31m\x00\xff\r\nb", "a [31m \ufffd b"), ({"error": {"message": "x" * 9000}}, None),
@@ -390,8 +392,8 @@ def test_what_would_fail_every_item_is_refused_at_once(status, message):
     with ChatServer(lambda messages: ANSWER, always(refuse(status, message))) as server:  # and the probe alone finds it
         with pytest.raises(ApiRefused) as failure:
             ChatModel(server.url, "any").check()
-    assert str(failure.value) == (f"{server.url} answers http_{status} for model any ({message}); check --api (it ends in /v1 as a "
-                            "rule), --model and OPENAI_API_KEY")
+    assert str(failure.value) == (f"{server.url} answers http_{status} for model any ({message}); check --api "
+                                  "(it ends in /v1 as a rule), --model and OPENAI_API_KEY")
 
 
 def test_an_error_in_a_reply_of_status_200_is_that_error():
@@ -425,7 +427,9 @@ def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(na
 
 
 def test_an_answered_item_ends_a_row_of_unanswered_ones():
-    with ChatServer(lambda messages: ANSWER, lambda messages: "http_500" if "bad" in messages[0]["content"] else None) as server:
+    def faults(messages):
+        return "http_500" if messages[0]["content"] == "bad" else None
+    with ChatServer(lambda messages: ANSWER, faults) as server:
         chat = ChatModel(server.url, "any", patience=0.2, backoff=0.05)
         bad, counts = Rollout({"image": None}, [], [], [], opening="bad"), []
         for rollout in (bad, bad, QUESTION, bad):

@@ -311,8 +311,8 @@ def test_fifty_items_of_an_endpoint_with_faults_are_all_answered(tmp_path):
 
 def ask(server, out, *flags):
     """The command line, asking for the first 12 items, four at a time."""
-    return run("--api", server.url, "--model", "m", "--data", HELD_OUT, "--benchmark", "offline", "--limit", "12", "--batch_size",
-               "4", "--output_dir", out, "--search_cache", "", "--prompt", "full", *flags)
+    return run("--api", server.url, "--model", "m", "--data", HELD_OUT, "--benchmark", "offline", "--limit", "12",
+               "--batch_size", "4", "--output_dir", out, "--search_cache", "", "--prompt", "full", *flags)
 
 
 def is_of(messages, numbers):
@@ -344,7 +344,8 @@ def test_a_prompt_that_is_refused_fails_its_item_alone(tmp_path, status):
     assert done.returncode == 0 and json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0, done.stderr
 
 
-@pytest.mark.parametrize("status, message", [(400, "Invalid model name passed in model=m"), (401, "Invalid key"), (404, "None")])
+@pytest.mark.parametrize("status, message", [(400, "Invalid model name passed in model=m"), (401, "Invalid key"),
+                                             (404, "No such path")])
 def test_a_wrong_model_key_or_address_ends_the_evaluation_before_it_begins(tmp_path, status, message):
     with ChatServer(stand_in(HELD_OUT), lambda messages: refuse(status, message)) as server:
         done = ask(server, tmp_path / "run")
@@ -397,8 +398,8 @@ def test_a_run_of_which_every_item_failed_has_no_scores(tmp_path):
         for _ in range(2):  # nor has it when it is called again
             done = ask(server, tmp_path)
             assert (done.returncode, done.stdout) == (2, "")
-            assert done.stderr.endswith("error: every item failed, so there are no scores; the first with: http_400: images are "
-                                        "not supported; when that is mended, --retry True plays them again\n")
+            assert done.stderr.endswith("error: every item failed, so there are no scores; the first with: http_400: images "
+                                        "are not supported; when that is mended, --retry True plays them again\n")
     assert len(items(tmp_path)) == 12 and not (tmp_path / "scores.json").exists()
     with ChatServer(stand_in(HELD_OUT)) as server:
         done = ask(server, tmp_path, "--retry", "True")
