@@ -296,6 +296,8 @@ def test_a_slow_server_is_left_at_the_deadline(name):
     failure, chat, _ = ask(always(name), timeout=60.0, patience=0.5)
     assert isinstance(failure, ApiRefused) and "gives no reply: timeout" in str(failure)
     assert 0.5 <= time.monotonic() - start < 0.5 + SLACK and chat.usage["requests"] == 2
+    failure, _, _ = ask(for_items(name), timeout=60.0, patience=0.5)
+    assert isinstance(failure, ApiFailed) and str(failure) == "timeout"  # it has left time for the probe
 
 
 def test_no_more_is_read_of_a_body_than_its_limit(monkeypatch):
