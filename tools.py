@@ -802,7 +802,7 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
             if not public or status not in (301, 302, 303, 307, 308):
                 break
             url = urljoin(url, head.get("Location", "")[:MAX_ADDRESS + 1])
-        if status != 200:
+        if status not in (200, 201):
             passes = status in (408, 409, 429) or status >= 500
             wait = _retry_after(head.get("Retry-After", "")) if passes else float("inf")
             raise RequestFailed(f"http_{status}", wait, body[:MAX_TEXT].decode("utf-8", "replace"))
