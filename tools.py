@@ -58,6 +58,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
+from glob import escape, glob
 from html import unescape
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from itertools import accumulate, count
@@ -291,6 +293,7 @@ def _landlock(version: int) -> None:
     ruleset = _libc("syscall", 444, attributes, len(attributes), 0)
     prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
     libraries = [os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")]
+    libraries += _shared_libraries()
     paths = {path: read for path in (*libraries, "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom")}
     for path, rights in {**paths, os.getcwd(): read, os.devnull: read | write, OUTPUT: read | write | truncate}.items():
         if os.path.exists(path):
@@ -299,6 +302,13 @@ def _landlock(version: int) -> None:
             _libc("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, beneath), 0)
             os.close(beneath)
     _libc("syscall", 446, ruleset, 0)
+
+
+@cache
+def _shared_libraries() -> list[str]:
+    """What the loader finds by its variables; file by file, since their folders may hold anything else."""
+    folders = [folder for name in START if name.endswith("_PATH") for folder in os.environ.get(name, "").split(":") if folder]
+    return [file for folder in folders for file in glob(f"{escape(folder)}/*.so*")]
 
 
 def _lock(program: bytes, version: int) -> None:
@@ -411,6 +421,9 @@ def _png(size: tuple[int, int], rgb: bytearray) -> list[bytes]:
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # and nothing of ours
                       "PYTHONHASHSEED": "0",  # sets in the same order each time
                       "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a fresh child touches many pages: large ones save a fifth
+# Of our environment, without which some interpreters do not start (those of a cluster's modules, for instance).
+START = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "PYTHONHOME")
+NO_LOCK = 3  # exit status of a server that cannot lock code in
 LOCK_TEST = """
 import os, socket
 for attempt in (socket.socket, lambda: os.getsid(0), lambda: os.listdir("/")):
@@ -435,16 +448,22 @@ def _serve(unlocked: bool) -> None:
     lock, warning = None, ""
     if not unlocked:
         if sys.platform != "linux" or platform.machine() not in MACHINES:
-            sys.exit(f"image code can be locked in on Linux only, on {' or '.join(MACHINES)}")
+            print(f"image code can be locked in on Linux only, on {' or '.join(MACHINES)}", file=sys.stderr)
+            sys.exit(NO_LOCK)
         version = _landlock_version()
         lock = _seccomp_filter(may_open=version > 0), version
+        _shared_libraries()  # here, once for all children
         warning = "" if version else "no Landlock in this kernel: image code may open no file, only use `image` and `result`"
     sock = socket.socket(fileno=0)
     try:
         test = "result = image" + LOCK_TEST * (not unlocked)  # what fails here is our fault
-        number, text, *_ = _serve_call(_frame(round(GRACE * 1000), test, Image.new("RGB", (MIN_SIDE, MIN_SIDE))), lock)
+        try:
+            number, text, *_ = _serve_call(_frame(round(GRACE * 1000), test, Image.new("RGB", (MIN_SIDE, MIN_SIDE))), lock)
+        except RuntimeError as error:
+            number, text = None, error
         if number != KINDS.index("ok"):
-            sys.exit(f"the self-test of the code server failed: {text}")
+            print(f"the self-test of the code server failed: {text}", file=sys.stderr)
+            sys.exit(1 if unlocked else NO_LOCK)
         reply = _frame(number, warning)
         with suppress(EOFError, ConnectionError):
             while True:
@@ -549,14 +568,16 @@ class CodeTool:
             return None
 
     def _start(self, again: bool = True) -> tuple[subprocess.Popen, socket.socket, str]:
-        """A server that works: neither environment nor open files pass to it. RuntimeError if it does not start."""
+        """A server that works: no open files pass to it, of the environment START. RuntimeError if it does not start."""
         ours, theirs = socket.socketpair()
+        passed = {name: ":".join(path for path in os.environ[name].split(":") if os.path.isabs(path) and os.path.exists(path))
+                  for name in START if name in os.environ}
         folder = tempfile.mkdtemp(prefix="code_tool_")
         with theirs:
-            # Isolated, but for PYTHONHASHSEED: -I would ignore that. No other variable is there to be ignored.
+            # Isolated, but for the variables that -I would ignore: no others are there.
             command = [sys.executable, "-sP", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
             process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True,
-                                       env=SERVER_ENVIRONMENT)
+                                       env=SERVER_ENVIRONMENT | passed)
         with suppress(EOFError, OSError):
             number, warning, *_ = _receive(ours, time.monotonic() + 4 * GRACE)
             if number == KINDS.index("ok"):
@@ -566,8 +587,10 @@ class CodeTool:
         status = self._stop(process, ours, folder)
         if status < 0 and again:  # killed
             return self._start(again=False)
-        raise RuntimeError(f"the code server does not start (exit status {status}, see its message on stderr); where the "
-                           "kernel cannot lock code in, unlocked=True (--code_unlocked True) accepts plain child processes")
+        raise RuntimeError(f"the code server does not start (exit status {status}, see its message on stderr); " + (
+            "where the kernel cannot lock code in, unlocked=True (--code_unlocked True) accepts plain child processes"
+            if status == NO_LOCK else
+            f"{sys.executable} must find Python, Pillow and numpy with no other variables than {', '.join(START)}"))
 
     def _stop(self, process: subprocess.Popen, sock: socket.socket, folder: str) -> int:
         """The exit status, negative if a signal of others ended it."""
