@@ -133,8 +133,9 @@ def _unfenced(text: str) -> str:
 
 # ---- pictures: one way to read a file, one way to make RGB
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # of Pillow's: none starts a program
-UPRIGHT = dict(enumerate(Image.Transpose[name] for name in (  # EXIF orientation 2 to 8 -> what turns it back
-    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90").split()), start=2)
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:
