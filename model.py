@@ -40,6 +40,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from grpo import Segments, SharedPrompts, packed_attention, prompt_attention, token_logps
+from tools import to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of an image, after resizing; the paper's training uses 401,408
 TEXT = "\x00"  # stands for the user's text while the chat template is rendered; no template holds it
@@ -247,7 +248,7 @@ def encode_text(policy: Policy, text: str) -> list[int]:
 
 def encode_image(policy: Policy, image: Image.Image) -> EncodedImage:
     """Resize to a multiple of 28 pixels within the policy's bounds, normalise, cut into patches of 14 pixels."""
-    encoded = policy.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+    encoded = policy.image_processor(images=[to_rgb(image)], return_tensors="pt")
     return EncodedImage(encoded["pixel_values"], tuple(encoded["image_grid_thw"][0].tolist()))
 
 

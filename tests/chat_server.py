@@ -27,7 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 30.0  # seconds after which a slow or endless fault ends by itself, for the case that nobody hangs up
@@ -190,9 +190,10 @@ def stand_in(path: str | Path) -> Callable[[list[dict]], str]:
     """reply(messages) that calls a tool once, then gives the gold answer of a task of the file; None of them: "unknown"."""
     sys.path.insert(0, str(ROOT))
     from data.tasks import load_tasks
+    from tools import open_picture
     known: dict[str | None, list[dict]] = {}
     for task in load_tasks(path):
-        picture = task["image"] and ImageOps.exif_transpose(Image.open(task["image"]))
+        picture = task["image"] and open_picture(task["image"])
         known.setdefault(_digest(picture), []).append(task)
 
     def reply(messages):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import FAULTS, QUICK, ChatServer, completion, parts, refuse, send, stand_in
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 import tools
 from data.tasks import load_tasks
@@ -636,7 +636,7 @@ def test_the_server_as_a_command_knows_tasks_by_their_pixels():
             url = re.match(r"(http://127.0.0.1:\d+/v1), 30% of the requests fail", process.stdout.readline())[1]
             chat = ChatModel(url, "stand-in", backoff=0.01)
             for task in load_tasks(ROOT / "data" / "offline" / "heldout.json")[::25]:
-                picture = ImageOps.exif_transpose(Image.open(task["image"])).convert("RGB")
+                picture = tools.open_picture(task["image"])
                 opening = task["question"] + PROMPTS["full"][task["family"]]
                 rollout = Rollout(task, [], [], [], pictures=[picture], opening=opening)
                 text, _ = chat.reply(rollout)

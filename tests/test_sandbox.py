@@ -1155,7 +1155,7 @@ def test_root_has_lost_its_rights(kind, outside, image, monkeypatch, tmp_path, l
 @pytest.mark.parametrize("layer", ["Landlock", "seccomp"])
 def test_a_missing_layer_is_noticed(kind, monkeypatch, tmp_path, capfd, layer):
     monkeypatch.setattr(tools, "__file__", variant(tmp_path, LAYERS[layer]))
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(RuntimeError, match="does not start.*--code_unlocked True"):
         CodeTool(workers=1)
     assert "the lock does not hold" in capfd.readouterr().err
 
@@ -1166,9 +1166,80 @@ def test_a_missing_layer_is_noticed(kind, monkeypatch, tmp_path, capfd, layer):
     "no new privileges": ('_libc("prctl", 38, 1, 0, 0, 0)', "pass")}.items())
 def test_a_layer_that_fails_is_noticed(kind, monkeypatch, tmp_path, capfd, layer, change):
     monkeypatch.setattr(tools, "__file__", variant(tmp_path, change))
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(RuntimeError, match="does not start.*--code_unlocked True"):
         CodeTool(workers=1)
     assert "the child could not be locked in" in capfd.readouterr().err
+
+
+@own
+@pytest.mark.parametrize("change, unlocked, message", [
+    (("    import numpy.random", "    import no_numpy, numpy.random"), False, "No module named 'no_numpy'"),
+    (("    import numpy.random", "    import no_numpy, numpy.random"), True, "No module named 'no_numpy'"),
+    (("    os.setsid()\n", "    os.setsid(1)\n"), True, "the child could not be locked in")])
+def test_where_not_the_lock_fails_no_life_without_it_is_advised(kind, monkeypatch, tmp_path, capfd, change, unlocked, message):
+    monkeypatch.setattr(tools, "__file__", variant(tmp_path, change))
+    with pytest.raises(RuntimeError, match="does not start") as error:
+        CodeTool(workers=1, unlocked=unlocked)
+    assert "code_unlocked" not in str(error.value) and sys.executable in str(error.value)
+    assert message in capfd.readouterr().err
+
+
+def library(name):
+    """The path of a shared library that this process has loaded."""
+    found = re.search(rf"(/\S+/{name}[\w.-]*\.so[\w.]*)$", Path("/proc/self/maps").read_text(), re.M)
+    return found and Path(found[1])
+
+
+@pytest.fixture
+def needy(tmp_path, monkeypatch):
+    """An interpreter that finds its libpython by LD_LIBRARY_PATH only, as those of cluster modules: the folder to name there."""
+    path, real = library("libpython3"), Path(sys.executable).resolve()
+    if path is None or path.name.encode() not in real.read_bytes():
+        pytest.skip("this Python has no library of its own")
+    other = path.name.replace("python", "pyth0n")  # no run path leads to a file of this name
+    for folder in ("home/bin", "lib", "venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(path, tmp_path / "lib" / other)
+    copy = tmp_path / "home" / "bin" / real.name
+    copy.write_bytes(real.read_bytes().replace(path.name.encode() + b"\0", other.encode() + b"\0"))
+    copy.chmod(0o755)
+    (tmp_path / "venv/bin/python").symlink_to(copy)
+    (tmp_path / "venv/lib").symlink_to(Path(sys.prefix) / "lib")
+    settings = (Path(sys.prefix) / "pyvenv.cfg").read_text()
+    (tmp_path / "venv/pyvenv.cfg").write_text(re.sub("(?m)^home = .*", f"home = {real.parent}", settings))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv/bin/python"))
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    return tmp_path / "lib"
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_an_interpreter_gets_the_library_path_that_it_needs(needy, image, monkeypatch, unlocked):
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"missing:/nowhere::{needy}:.")
+    with CodeTool(workers=1, unlocked=unlocked) as tool:
+        assert tool.run("result = image", image).ok
+        assert tool.run("import os\nraise ValueError(os.environ['LD_LIBRARY_PATH'])", image).text == (
+            f"Error: line 2: ValueError: {needy}")  # no folder of another working directory
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_an_interpreter_that_does_not_start_is_named(needy, capfd, unlocked):
+    with pytest.raises(RuntimeError, match=f"exit status 127.*{sys.executable} must find.* LD_LIBRARY_PATH") as error:
+        CodeTool(workers=1, unlocked=unlocked)
+    assert "code_unlocked" not in str(error.value) and "error while loading shared libraries" in capfd.readouterr().err
+
+
+@own
+@pytest.mark.parametrize("name", ["LD_LIBRARY_PATH", "NIX_LD_LIBRARY_PATH"])
+def test_of_a_library_path_code_may_read_libraries_only(kind, outside, image, monkeypatch, name):
+    shutil.copy(library("libz") or library("libm"), outside / "libother.so.1")
+    (outside / "broken.so").symlink_to(outside / "missing")
+    monkeypatch.setenv(name, str(outside))
+    with CodeTool(workers=1) as tool:
+        code = f"import ctypes\nctypes.CDLL({str(outside / 'libother.so.1')!r})\nresult = image"
+        assert tool.run(code, image).text == ""  # loaded after the lock
+        for path in ("secret", ".ssh/id"):
+            assert "PermissionError" in tool.run(f"open({str(outside / path)!r})", image).text
+        assert "PermissionError" in tool.run(f"import os\nos.listdir({str(outside)!r})", image).text
 
 
 @own

@@ -152,9 +152,43 @@ def test_a_retrieval_server_is_asked_as_in_search_r1(serve):
     ({"result": [[{"contents": '"Owl"\nIt flies.'}]]}, "1. Content: Owl: It flies."),
     ({"result": [[{"id": "7", "contents": "Größe 猫"}]], "more": None}, "1. Content: Größe 猫"),
     (found("a", "b", "c", "d"), "1. Content: a 2. Content: b"),  # more than topk
+    *[({"result": [[document]]}, text) for document, text in {
+        "title and text": ({"title": "Owl", "text": "It flies."}, "1. Content: Owl: It flies."),
+        "title and content": ({"title": '"Owl"', "content": "It flies."}, "1. Content: Owl: It flies."),
+        "title and contents that begin with it": ({"title": "Owl", "contents": '"Owl"\nIt flies.', "text": "It flies."},
+                                                  "1. Content: Owl: It flies."),
+        "title and contents without it": ({"title": "Owl", "contents": "It flies.\nFar."}, "1. Content: It flies. Far."),
+        "no title": ({"title": None, "text": "It flies."}, "1. Content: It flies."),
+        "content": ({"content": "It flies."}, "1. Content: It flies."),
+        "contents that are null": ({"contents": None, "text": "It flies."}, "1. Content: It flies."),
+        "a bare text": ("Owl\nIt flies.", "1. Content: Owl: It flies."),
+        "a bare text with a score": ({"document": "It flies.", "score": 1}, "1. Content: It flies."),
+        "document and score in a list": ([{"contents": "It flies."}, 0.5], "1. Content: It flies.")}.values()],
 ])
 def test_documents_are_shown_with_their_titles(serve, reply, text):
     assert ask(serve(replies((200, reply, {}))).url, topk=2).text == text
+
+
+BAD = [None, 7, [], {}, "", " ", [None, 1.0], {"document": None}, {"contents": None}, {"contents": 1999}, {"contents": ["a"]},
+       {"text": ""}, {"title": 7, "text": "a"}, {"score": 1.0}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_a_bad_document_is_left_out_and_said(serve, bad):
+    """Alone: those behind it move up, also from beyond topk."""
+    url = serve(replies((200, {"result": [[{"contents": "a"}, bad, {"contents": "b"}, {"contents": "c"}]]}, {}))).url
+    with pytest.warns(UserWarning, match="documents without a text"):
+        assert ask(url, topk=2).text == "1. Content: a 2. Content: b"
+
+
+@pytest.mark.filterwarnings("ignore:the retrieval server")
+@pytest.mark.parametrize("documents", [*([bad] for bad in BAD), BAD], ids=repr)
+def test_nothing_but_bad_documents_is_a_bad_reply(serve, documents):
+    check_failed(ask(serve(replies((200, {"result": [documents]}, {}))).url), "bad_reply")
+
+
+def test_no_document_is_no_result(serve):
+    assert ask(serve(replies((200, {"result": [[]]}, {}))).url).error == "no_results"
 
 
 def test_half_a_character_is_no_text_for_a_tokenizer(serve):
@@ -289,7 +323,7 @@ FAULTS = {  # name: (answer, kind of the failure)
        for code in (204, 302, 307, 400, 401, 403, 404, 408, 429, 500, 502, 503)},
 }
 SHAPES = [None, 7, "text", [], {}, {"result": None}, {"result": 7}, {"result": []}, {"result": {}}, {"result": [None]},
-          {"result": [7]}, {"result": [["text"]]}, {"result": [[None]]}, {"result": [[{}]]}, {"result": [[{"document": None}]]},
+          {"result": [7]}, {"result": ["text"]}, {"result": "text"}, {"result": [[None]]}, {"result": [[{}]]}, {"result": [[{"document": None}]]},
           {"result": [[{"document": {"id": 1}}]]}, {"result": [[{"contents": None}]]}, {"result": [[{"contents": 7}]]},
           {"result": [[{"contents": ["a"]}]]}, {"error": "no index"}]
 
