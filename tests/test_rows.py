@@ -206,7 +206,7 @@ def test_why_a_task_cannot_be_opened(policy, load, tmp_path):
     assert "no room for a turn" in str(opening_error(policy, task, Limits(1, 8, 20), "short"))
     policy.images.clear()
     os.remove(tmp_path / "a.png")
-    assert isinstance(opening_error(policy, task, Limits(1, 8, 512), "short"), FileNotFoundError)
+    assert "a.png cannot be read" in str(opening_error(policy, task, Limits(1, 8, 512), "short"))
 
 
 def test_an_image_that_goes_while_a_run_goes_on_costs_its_task_only(tmp_path, monkeypatch, capsys):
@@ -238,4 +238,4 @@ def test_an_image_that_goes_while_a_run_goes_on_costs_its_task_only(tmp_path, mo
     held_out = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
     assert [row["n"] for row in held_out] == [4, 4, 4]
     said = capsys.readouterr()
-    assert "task 2 cannot be opened: FileNotFoundError" in said.err and "tasks failed" in said.out
+    assert "task 2 cannot be opened: " in said.err and "2.png cannot be read" in said.err and "tasks failed" in said.out
