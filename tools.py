@@ -106,8 +106,8 @@ FENCE = re.compile(r"""(?:^[^\n`~'"\#=(]*|[:.][ \t]*)(`{3,9}|~{3,9})[ \t]*(?:
 def parse_action(text: str) -> Action:
     """The action of a turn: the only `<tag>…</tag>` behind the first `</think>` (in all of the text without it).
 
-    The content is stripped; of code, the first fenced block is taken if there is one. Anything but one opening tag and its closing tag (a third
-    action tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length of the text.
+    The content is stripped; of code, the first fenced block is taken if there is one. Anything but one opening tag and its
+    closing tag (a third action tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length.
     """
     _, think, after = text.partition("</think>")
     turn = after if think else text
@@ -292,10 +292,8 @@ def _landlock(version: int) -> None:
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # refuse all file rights that this kernel knows
     attributes = struct.pack("=QQQ", every, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]  # and TCP, signals
     ruleset = _libc("syscall", 444, attributes, len(attributes), 0)
-    prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
-    libraries = [os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")]
-    libraries += _shared_libraries()
-    paths = {path: read for path in (*libraries, "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom")}
+    files = "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom"
+    paths = {path: read for path in (*_libraries(), *files)}
     for path, rights in {**paths, os.getcwd(): read, os.devnull: read | write, OUTPUT: read | write | truncate}.items():
         if os.path.exists(path):
             rights = (rights | list_folder if os.path.isdir(path) else rights) & every
@@ -306,10 +304,13 @@ def _landlock(version: int) -> None:
 
 
 @cache
-def _shared_libraries() -> list[str]:
-    """What the loader finds by its variables; file by file, since their folders may hold anything else."""
-    folders = [folder for name in START if name.endswith("_PATH") for folder in os.environ.get(name, "").split(":") if folder]
-    return [file for folder in folders for file in glob(f"{escape(folder)}/*.so*")]
+def _libraries() -> list[str]:
+    """Folders of libraries; and what else the loader finds by its variables, as files: those folders may hold anything."""
+    prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
+    folders = {os.path.realpath(os.path.join(prefix, lib)) for prefix in prefixes for lib in ("lib", "lib64")}
+    named = [folder for name in START if name.endswith("_PATH") for folder in os.environ.get(name, "").split(":") if folder]
+    files = {os.path.realpath(file) for folder in named for file in glob(f"{escape(folder)}/*.so*")}
+    return [*folders, *(file for file in files if not file.startswith(tuple(f"{folder}/" for folder in folders)))]
 
 
 def _lock(program: bytes, version: int) -> None:
@@ -453,7 +454,7 @@ def _serve(unlocked: bool) -> None:
             sys.exit(NO_LOCK)
         version = _landlock_version()
         lock = _seccomp_filter(may_open=version > 0), version
-        _shared_libraries()  # here, once for all children
+        _libraries()  # here, once for all children
         warning = "" if version else "no Landlock in this kernel: image code may open no file, only use `image` and `result`"
     sock = socket.socket(fileno=0)
     try:

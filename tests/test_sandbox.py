@@ -1192,7 +1192,7 @@ def library(name):
 
 @pytest.fixture
 def needy(tmp_path, monkeypatch):
-    """An interpreter that finds its libpython by LD_LIBRARY_PATH only, as those of cluster modules: the folder to name there."""
+    """The folder that LD_LIBRARY_PATH must name for this interpreter to start, as for those of a cluster's modules."""
     path, real = library("libpython3"), Path(sys.executable).resolve()
     if path is None or path.name.encode() not in real.read_bytes():
         pytest.skip("this Python has no library of its own")

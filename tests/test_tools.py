@@ -77,20 +77,22 @@ def test_a_turn_has_one_action(text, kind, content):
 @pytest.mark.parametrize("block, code", [
     ("```python\nnote = '```'\nx = 2\n```", "note = '```'\nx = 2"), ("```\nx = 1  # ```\ny\n```", "x = 1  # ```\ny"),
     ('````\nx = """\n```\n"""\n````', 'x = """\n```\n"""'), ("```python x = f(1)```", "x = f(1)"),
-    ("```import x; y()```", "import x; y()"), ("```x=1\ny\n```", "x=1\ny"), ("```python\nx = 1```\nDone.", "x = 1"),
+    ("```import x; y()```", "import x; y()"),
+    ("```x=1\ny\n```", "x=1\ny"), ("```python\nx = 1```\nDone.", "x = 1"),
     ("```python\n```", ""), ("```", "")])
 def test_fences_in_and_around_code(block, code):
     assert parse_action(f"<code>{block}</code>").content == code
 
 
-@pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<code>```", "</think>", "<code> ", "<", "```python\n ", "```", "~~~",
-                                   ":~~~py ", ":```py ", " ", "\n", "\r", ": ", " ```x", "`", "python ", "\n```py (", "~~~x\n"])
+@pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<code>```", "</think>", "<code> ", "<", "```python\n ", "```",
+                                   "~~~", ":~~~py ", ":```py ", " ", "\n", "\r", ": ", " ```x", "`", "python ",
+                                   "\n```py (", "~~~x\n"])
 def test_parsing_is_linear_on_hostile_text(piece):
     gc.freeze()  # what other tests have left in memory is not gone through again for every match
     started = time.process_time()
     parse_action(piece * (1_000_000 // len(piece)))
-    for start in ("<code>", "<code>```\n", "<code>```python "):
-        parse_action(start + piece.replace("<", "") * (1_000_000 // len(piece)) + "</code>")
+    for start, end in (("", ""), ("", "\nx"), ("```\n", ""), ("```python ", "")):
+        parse_action(f"<code>{start}{piece.replace('<', '') * (1_000_000 // len(piece))}{end}</code>")
     spent = time.process_time() - started
     gc.unfreeze()
     assert spent < 1.0  # a search to the end from each of 143,000 tags takes 40
