@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: long and rarely fails; left out unless -m asks for it")
     if not config.option.markexpr and not any("::" in argument for argument in config.args):
         config.option.markexpr = "not thorough"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_processes():
+    """The process that the others are forked from imports the packages while the first tests run."""
+    forkserver.ensure_running()
 
 
 def start_script(script: str, *args, output: Path, errors: Path | None = None, **environment: str) -> multiprocessing.Process:
