@@ -1140,9 +1140,9 @@ def test_a_slow_server_is_not_a_dead_one(serve, monkeypatch):
 
     def slow(handler, request):
         with turn:
-            time.sleep(0.1)
+            time.sleep(0.02)
         about(handler, request)
-    monkeypatch.setattr(tools, "RETRY_SECONDS", 1.5)
+    monkeypatch.setattr(tools, "RETRY_SECONDS", 0.3)
     results = SearchTool(serve(slow).url).search_many([f"query {n}" for n in range(40)])
     assert all(result.ok for result in results)
 
