@@ -461,7 +461,8 @@ def test_a_dead_server_costs_all_queries_together_a_bounded_time(serve, monkeypa
 
 # ---- many queries --------------------------------------------------------------------------------------------------
 
-def test_a_thousand_queries_with_faults(serve, monkeypatch, hasty):
+@pytest.mark.parametrize("number", [200, pytest.param(1000, marks=pytest.mark.thorough)])
+def test_a_thousand_queries_with_faults(serve, monkeypatch, hasty, number):
     """30 % of all requests fail in some way. Each result is that of the last request of its query."""
     monkeypatch.setattr(tools, "RETRY_SECONDS", 14.0)
     monkeypatch.setattr(tools, "MAX_BODY", 1 << 17)
@@ -477,14 +478,14 @@ def test_a_thousand_queries_with_faults(serve, monkeypatch, hasty):
             drawn[name] += 1
         (FAULTS[name][0] if name else about)(handler, request)
     server = serve(answer)
-    queries = [f"query {n}" for n in range(1000)]
+    queries = [f"query {n}" for n in range(number)]
     start = time.monotonic()
     results = SearchTool(server.url).search_many(queries)
     assert time.monotonic() - start < 15.0
     assert [result.error for result in results] == [last[query] and FAULTS[last[query]][1] for query in queries]
     good = [(query, result) for query, result in zip(queries, results) if result.ok]
     assert all(result.text == f"1. Content: This is about {query}." for query, result in good)
-    assert 800 < len(good) < 1000 and len(server.seen) == drawn.total() > 1100  # many were asked again
+    assert 0.8 < len(good) / number < 1 and len(server.seen) == drawn.total() > 1.1 * number  # many were asked again
     assert 0.25 < 1 - drawn[None] / drawn.total() < 0.35 and set(drawn) == {None, *FAULTS}
 
 
@@ -1171,9 +1172,9 @@ def test_a_slow_server_is_not_a_dead_one(serve, monkeypatch):
 
     def slow(handler, request):
         with turn:
-            time.sleep(0.1)
+            time.sleep(0.02)
         about(handler, request)
-    monkeypatch.setattr(tools, "RETRY_SECONDS", 1.5)
+    monkeypatch.setattr(tools, "RETRY_SECONDS", 0.3)
     results = SearchTool(serve(slow).url).search_many([f"query {n}" for n in range(40)])
     assert all(result.ok for result in results)
 

@@ -190,6 +190,12 @@ def test_the_paths_of_the_prompt_work_however_they_are_spelt(tool, image, spell)
     assert tool.run(code, image).image.tobytes() == image.tobytes()
 
 
+@pytest.fixture(scope="module")
+def two_starts():
+    with CodeTool(workers=1) as one, CodeTool(workers=1) as other:
+        yield one, other
+
+
 @pytest.mark.parametrize("code", [
     f"open({OUTPUT!r}, 'w').write('no image')",  # its message names the file
     "import io\nfrom PIL import Image\nImage.open(io.BytesIO(b'x'))",  # and this one an address
@@ -197,12 +203,9 @@ def test_the_paths_of_the_prompt_work_however_they_are_spelt(tool, image, spell)
     "raise ValueError({'cat', 'dog', 'owl', 'fox', 'cow'})",
     "import random\nraise ValueError(random.random())",
     "import numpy\nraise ValueError(numpy.random.normal())"])
-def test_the_same_call_has_the_same_result(image, code):
+def test_the_same_call_has_the_same_result(two_starts, image, code):
     """On any server of any start: a resumed run is a replay."""
-    texts = []
-    for _ in range(2):
-        with CodeTool(workers=1) as tool:
-            texts += [tool.run(code, image).text, tool.run(code, image).text]
+    texts = [tool.run(code, image).text for tool in two_starts for _ in range(2)]
     assert len(set(texts)) == 1 and "Error: " in texts[0]
 
 
