@@ -155,7 +155,7 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(run_fol
     for _, folder in checkpoints(run_folder):
         flip_a_byte(folder / "config.json")
     before = left_by(run_folder)
-    with pytest.raises(SystemExit, match=r"no checkpoint in .*run is whole; bring one back"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .*run is whole; bring one back"):
         find_checkpoint(config(run_folder))
     assert left_by(run_folder) == before
 
@@ -165,7 +165,7 @@ def test_other_flags_are_said_aloud_and_another_model_is_refused(run_folder, one
     assert capsys.readouterr().out == f"resumes from {run_folder / 'checkpoint-4'}\n"
     find_checkpoint(config(run_folder, lr=0.5, steps=9))
     assert "; changed, so it may be no replay: lr 0.00015 -> 0.5, steps 4 -> 9\n" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="is a run of --model data/model, where its KL starts"):
+    with pytest.raises(ValueError, match="is a run of --model data/model, where its KL starts"):
         find_checkpoint(config(run_folder, model="other/model"))
 
 

@@ -107,7 +107,7 @@ def malformed(folder):
 
 def no_weights(folder):
     (folder / "config.json").write_text("{}")
-    return {"model": str(folder)}, ["--model", "no weights", "model.safetensors"]
+    return {"model": str(folder)}, ["--model", "no weights", ".safetensors"]
 
 
 def held_run(folder):
@@ -122,14 +122,13 @@ def held_run(folder):
     malformed,
     no_weights,
     held_run,
-    lambda folder: ({"loss": "ppo"}, ["--loss ppo", "grpo, dr_grpo, dapo"]),
     lambda folder: ({"group_size": 1}, ["--group_size 1", "at least 2"]),
     lambda folder: ({"beta": float("nan")}, ["--beta nan", "finite"]),
     lambda folder: ({"rewards": "beauty=1"}, ["beauty", "format"]),
     lambda folder: ({"corpus": "gopher:x"}, ["gopher", "sqlite"]),
     lambda folder: ({"mode": "step"}, ["--mode step", "solution"]),
-], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run", "unknown loss", "group of one",
-        "no number", "unknown reward", "unknown backend", "no solution"])
+], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run", "group of one", "no number",
+        "unknown reward", "unknown backend", "no solution"])
 def test_bad_input_is_named_before_a_model_is_loaded(case, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings, words = case(tmp_path)
