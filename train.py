@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -64,8 +64,8 @@ class Config:
     search_cache: str = flag("runs/search_cache.sqlite", "answers from the network, kept for all ranks and runs; empty: none")
     search_budget: int = flag(0, "searches over the network, of all ranks, before the run stops with a checkpoint; 0: no end")
     output_dir: str = flag("runs/default", "where metrics, rollouts, checkpoints and the exported model go")
-    mode: Literal["episode", "step"] = flag("episode", "episode: live multi-turn; step: one action a row, the released way")
-    prompt: Literal["short", "full"] = flag("short", "instructions after the question: short (none: the laptop model) or full (the hub's models)")
+    mode: Literal["episode", "step"] = flag("episode", "episode: live multi-turn; step: one action a row, as released")
+    prompt: Literal["short", "full"] = flag("short", "instructions: short for the laptop model, full for hub models")
     steps: int = flag(60, "updates")
     prompts_per_step: int = flag(8, "P, over all ranks together")
     group_size: int = flag(8, "G, samples a prompt, at least 2")
@@ -237,7 +237,7 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
                     "reward": rewards[i], "advantage": advantages[i], "success": exact_match(r.answer, r.task["answers"])}
                    for i, r in enumerate(rollouts)])
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
-    row = {"step": step, **rollout_metrics(rows), **metrics, "lr": learning_rate(step - 1, config),
+    row = {"step": step, **rollout_metrics(rows, config.reward_weights()), **metrics, "lr": learning_rate(step - 1, config),
            "tokens_per_s": metrics["tokens"] / spent["all"], "padding": spent.pop("padding"), "seconds": spent.pop("all"),
            **{f"seconds_{name}": value for name, value in spent.items()}}
     if dist.get_rank() == 0:
@@ -247,30 +247,39 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     return row
 
 
-def rollout_metrics(rows: list[dict]) -> dict[str, float]:
-    """Means over the rows of a step; the caller has added to each its success, reward, reward_parts and advantage."""
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are not None; None where there is none."""
+    values = [value for value in values if value is not None]
+    return fmean(values) if values else None
+
+
+def rollout_metrics(rows: list[dict], parts: Iterable[str]) -> dict[str, float | None]:
+    """Means over the rows of a step; the caller has added to each its success, reward, reward_parts and advantage.
+
+    The keys are the same in every step: each of `parts`, which a row may lack, has one, and a mean over nothing is None.
+    """
     turns = [turn for row in rows for turn in row["turns"]]
-    names = sorted({name for row in rows for name in row["reward_parts"]})
-    parts = {name: fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names}
-    return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
-            "success": fmean(r["success"] for r in rows), "turns": fmean(len(r["turns"]) for r in rows),
-            "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
+    return {"reward": mean(r["reward"] for r in rows),
+            **{f"reward_{name}": mean(r["reward_parts"].get(name) for r in rows) for name in sorted(parts)},
+            "success": mean(r["success"] for r in rows), "turns": mean(len(r["turns"]) for r in rows),
+            "valid_turns": mean(turn["action"] != "invalid" for turn in turns),
             "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn and not turn["lost"]] or [1]),
             "searches_lost": sum(turn.get("lost", False) for turn in turns),
-            "stop_length": fmean(r["stop"] == "length" for r in rows),
-            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
-            "flat_groups": fmean(r["advantage"] == 0 for r in rows)}
+            "stop_length": mean(r["stop"] == "length" for r in rows),
+            "stop_invalid": mean(r["stop"] == "invalid" for r in rows),
+            "flat_groups": mean(r["advantage"] == 0 for r in rows)}
 
 
 def step_line(row: dict, steps: int, left: float) -> str:
     """One readable line of a row of metrics; left: seconds to the end. What is wrong stands at its end."""
-    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
+    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_") and row[name] is not None)
+    success = "" if row["success"] is None else f"success {row['success']:.0%}  "
     seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
     notes = {f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
              "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
              "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
              "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
-    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  success {row['success']:.0%}  "
+    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  {success}"
             f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
             f"padding {row['padding']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}"
             + "".join(f"  {note}" for note, holds in notes.items() if holds))

@@ -261,7 +261,7 @@ def row(action="answer", advantage=0.0):
 def test_a_collapsed_run_says_so_in_its_line(rows, note):
     rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds", "seconds_generate",
                           "seconds_tools", "seconds_score", "seconds_update"], 0)
-    line = step_line(rollout_metrics(rows) | rest, 4, 0.0)
+    line = step_line(rollout_metrics(rows, ["format"]) | rest, 4, 0.0)
     assert re.findall("COLLAPSED|NOTHING TO LEARN FROM", line) == [note] * bool(note)
 
 
