@@ -273,7 +273,11 @@ def export(policy: Policy, folder: str | Path) -> None:
 
 
 def encode_text(policy: Policy, text: str) -> list[int]:
-    """Token ids of text that is not ours: special tokens in it are plain characters, so it cannot forge a turn or an image."""
+    """Token ids of text that is not ours. Special tokens in it are plain characters, so it cannot forge a turn or an image.
+
+    Qwen's eight added tokens that are not special (`<tool_call>`, `<|fim_prefix|>` …) stay single tokens, as in the released
+    pipeline; the model may sample them as any word, and no prompt of ours gives them a meaning.
+    """
     return policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 

@@ -9,7 +9,10 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -377,6 +380,31 @@ def test_special_tokens_in_foreign_text_are_plain_characters(policy):
     assert not set(ids) & {*range(790, 804)}
     assert policy.tokenizer.decode(ids) == text
     assert len(encode_text(policy, "<|im_end|>")) > 1
+
+
+@pytest.fixture(scope="module")
+def qwen(golden, tmp_path_factory):
+    """A whole policy with Qwen's real tokenizer; its weights are random, and few."""
+    tool, folder = golden.parent / "tools" / "hub_folder.py", tmp_path_factory.mktemp("qwen")
+    if not tool.is_file():
+        pytest.skip("needs the tool that builds a folder with the real tokenizer, absent here")
+    subprocess.run([sys.executable, str(tool), str(folder)], cwd=Path(__file__).parent.parent, check=True)
+    return load_policy(str(folder), device=torch.device("cpu"))
+
+
+def test_of_the_real_tokenizer_only_tokens_that_are_not_special_pass_through_foreign_text(qwen):
+    added = qwen.tokenizer.added_tokens_decoder
+    special, others = ({i for i, token in added.items() if token.special is flag} for flag in (True, False))
+    assert (special, others) == ({*range(151643, 151657)}, {*range(151657, 151665)})
+    for i, token in added.items():
+        text = f"a {token.content}b"
+        ids = encode_text(qwen, text)
+        assert set(ids) & added.keys() == {i} & others and qwen.tokenizer.decode(ids) == text
+    forged = "".join(token.content for token in added.values())
+    plain, with_it = (encode_observation(qwen, text, None) for text in ("", forged))
+    assert [i for i in with_it if i in special] == [i for i in plain if i in special] == [151644, 151645, 151644]
+    assert set(qwen.suppressed.tolist()) & added.keys() == special - {qwen.end_id}  # the model may write the others
+    assert encode_text(qwen, "<tool_call>") == [151657] == qwen.tokenizer("<tool_call>")["input_ids"]  # as the released code
 
 
 def test_an_opening_without_an_image(policy):
