@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from conftest import run_script
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from data.files import holds, nothing_left, take_folder
+from data.tasks import load_tasks
 from reward import WEIGHTS
 from train import Config, learning_rate, prepare, rollout_metrics, step_line
 
@@ -112,6 +115,45 @@ def test_every_row_of_metrics_has_the_same_keys():
     lines = [step_line(s, 4, 0.0) for s in steps]
     assert "(accuracy 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)  success 100%" in lines[0]
     assert "reward 1.00 (format 0.75)  success 100%" in lines[1] and "reward 1.00 ()  kl 0.0000" in lines[2]
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_own_tasks_load_and_train(tmp_path):
+    section = README.split("## Tasks of your own")[1].split("\n## ")[0]
+    rows_of_readme = json.loads(section.split("```json\n")[1].split("```")[0])
+    command = shlex.split(section.split("```bash\n")[1].split("```")[0])
+    assert command[:3] == ["torchrun", "--nproc_per_node=2", "train.py"]
+    (tmp_path / "mine").mkdir()
+    for row in rows_of_readme:
+        if row["image_path"]:
+            Image.new("RGB", (56, 56), "navy").save(tmp_path / "mine" / row["image_path"])
+    path = tmp_path / "mine" / "tasks.json"
+    path.write_text(json.dumps(rows_of_readme))
+    tasks = load_tasks(path)
+    assert [task["family"] for task in tasks] == ["coding", "search", "search"]
+    assert [bool(task["image"]) for task in tasks] == [True, True, False]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == {name for row in rows_of_readme for name in row} | {"split"}
+    flags = [str(path) if flag == "mine/tasks.json" else flag for flag in command[3:]]
+    assert str(path) in flags
+    for key in ("id", "type", "family"):  # not required
+        path.write_text(json.dumps([{name: value for name, value in row.items() if name != key} for row in rows_of_readme]))
+        assert len(load_tasks(path)) == 3
+    done = run_script("train.py", *flags, "--output_dir", tmp_path / "run", "--steps", 1, "--group_size", 2)
+    assert done.returncode == 0, done.stderr
+    assert {row["id"] for row in rows(tmp_path / "run" / "rollouts" / "step_1.jsonl")} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("package, environment", [("tensorboard", {}), ("wandb", {"WANDB_MODE": "offline"})])
+def test_the_readmes_lines_send_metrics_on(package, environment, tmp_path):
+    pytest.importorskip(package)
+    [code] = [block.split("```")[0] for block in README.split("```python\n")[1:] if package in block.split("```")[0]]
+    (tmp_path / "runs" / "default").mkdir(parents=True)
+    (tmp_path / "runs" / "default" / "metrics.jsonl").write_text('{"step": 1, "kl": null, "reward": 0.5}\n'
+                                                                 '{"step": 2, "kl": 0.1, "reward": 0.75}\n')
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | environment)
+    assert [path for path in tmp_path.rglob("*") if package[:5] in path.name or "tfevents" in path.name]
 
 
 def write_tasks(folder: Path, **changes) -> str:
