@@ -24,7 +24,7 @@ from base64 import b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from itertools import count
@@ -34,9 +34,9 @@ from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from data.files import append_json_line, each_row, read_rows, take_folder, write_whole
+from data.files import append_json_line, each_row, holds, nothing_left, parse_json, read_rows, take_folder, write_whole
+from data.flags import fail, flag, parse_flags
 from data.report import write_report
 from data.tasks import Benchmark, load_tasks, read_golds, split_of
 from reward import grade
@@ -619,45 +619,41 @@ def released_crop(code: str, task: dict, size: tuple[int, int]) -> str:
     return SLICE.sub(f"[{y_min}:{y_max}, {x_min}:{x_max}]", code)
 
 
-def _option(default, text, **more):
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass
 class Arguments:
     """The command line."""
-    model: str | None = _option(None, "hub name or folder of a Qwen2.5-VL; with --api its name there")
-    api: str | None = _option(None, "address of an OpenAI-compatible endpoint, as http://HOST:PORT/v1; key in OPENAI_API_KEY")
-    tasks: str | None = _option(None, "tasks to evaluate on, .json or .jsonl; data/prepare.py writes them", aliases=["--data"])
-    benchmark: Benchmark | None = _option(None, "the published benchmark that the file is; sets splits and scoring")
-    image_folder: str | None = _option(None, "folder of the images, if not beside the tasks")
-    ask: Literal["agent", "direct", "cot", "rag"] = _option("agent", "agent: with tools; others: one turn, rag after a search")
-    output_dir: str = _option("runs/evaluate", "folder for items, predictions and scores; what was begun there goes on")
-    rescore: str | None = _option(None, "only score this file of predictions; needs --benchmark, no model")
-    compare: list[str] | None = _option(None, "only compare two files of predictions, A and B: B - A; needs --benchmark")
-    report: str | None = _option(None, "only write RUN/report.html for the folder of a training run or an evaluation; no model")
-    limit: int | None = _option(None, "number of tasks to take from the start of the file")
-    samples: int = _option(1, "of each task; above 1 give a --temperature")
-    temperature: float = _option(0.0, "of sampling; 0: greedy")
-    seed: int = _option(0, "of sampling")
-    retry: bool = _option(False, "play the items again that failed")
-    max_turns: int = _option(5, "turns an episode")
-    max_new_tokens: int = _option(1024, "new tokens a turn; the paper's search evaluation takes 2048")
-    max_tokens: int = _option(8192, "tokens an episode: prompt, actions, observations; with --api its own limit holds")
-    batch_size: int = _option(8, "tasks played side by side; with --api requests at a time")
-    prompt: Literal["short", "full"] = _option("short", "instructions: short for the laptop model, full for hub models")
-    api_prices: str | None = _option(None, "dollars for a million prompt and completion tokens, as 2.5,10: the cost is shown")
-    api_timeout: float = _option(300.0, "seconds a request may take")
-    api_patience: float = _option(600.0, "seconds a turn may take, asking again included")
-    corpus: str = _option("sqlite:data/offline/corpus.sqlite", "search: sqlite:INDEX, http://HOST:PORT/retrieve or serper")
-    topk: int = _option(3, "passages a search returns")
-    search_pages: int = _option(0, "pages of the first results that are read too (serper)")
-    search_cache: str = _option("runs/search_cache.sqlite", "answers from the network, kept for all runs; empty: none")
-    search_budget: int = _option(0, "searches sent over the network, after which the tool fails; 0: no end")
-    code_unlocked: bool = _option(False, "run model-written code in plain child processes where the kernel cannot lock it in")
-    tools: Literal["on", "off"] = _option("on", "off: every call is answered that the tool is switched off")
-    released_crop: bool = _option(False, "as the released code: the question's crop box replaces the one in the model's code")
-    released_context: bool = _option(False, "as the released code: one user turn, the chain pasted as text, the image replaced")
+    model: str | None = flag(None, "hub name or folder of a Qwen2.5-VL; with --api its name there")
+    api: str | None = flag(None, "address of an OpenAI-compatible endpoint, as http://HOST:PORT/v1; key in OPENAI_API_KEY")
+    tasks: str | None = flag(None, "tasks to evaluate on, .json or .jsonl; data/prepare.py writes them", aliases=["--data"])
+    benchmark: Benchmark | None = flag(None, "the published benchmark that the file is; sets splits and scoring")
+    image_folder: str | None = flag(None, "folder of the images, if not beside the tasks")
+    ask: Literal["agent", "direct", "cot", "rag"] = flag("agent", "agent: with tools; others: one turn, rag after a search")
+    output_dir: str = flag("runs/evaluate", "folder for items, predictions and scores; what was begun there goes on")
+    rescore: str | None = flag(None, "only score this file of predictions; needs --benchmark, no model")
+    compare: list[str] | None = flag(None, "only compare two files of predictions, A and B: B - A; needs --benchmark")
+    report: str | None = flag(None, "only write RUN/report.html for the folder of a training run or an evaluation; no model")
+    limit: int | None = flag(None, "number of tasks to take from the start of the file")
+    samples: int = flag(1, "of each task; above 1 give a --temperature")
+    temperature: float = flag(0.0, "of sampling; 0: greedy")
+    seed: int = flag(0, "of sampling")
+    retry: bool = flag(False, "play the items again that failed")
+    max_turns: int = flag(5, "turns an episode")
+    max_new_tokens: int = flag(1024, "new tokens a turn; the paper's search evaluation takes 2048")
+    max_tokens: int = flag(8192, "tokens an episode: prompt, actions, observations; with --api its own limit holds")
+    batch_size: int = flag(8, "tasks played side by side; with --api requests at a time")
+    prompt: Literal["short", "full"] = flag("short", "instructions: short for the laptop model, full for hub models")
+    api_prices: str | None = flag(None, "dollars for a million prompt and completion tokens, as 2.5,10: the cost is shown")
+    api_timeout: float = flag(300.0, "seconds a request may take")
+    api_patience: float = flag(600.0, "seconds a turn may take, asking again included")
+    corpus: str = flag("sqlite:data/offline/corpus.sqlite", "search: sqlite:INDEX, http://HOST:PORT/retrieve or serper")
+    topk: int = flag(3, "passages a search returns")
+    search_pages: int = flag(0, "pages of the first results that are read too (serper)")
+    search_cache: str = flag("runs/search_cache.sqlite", "answers from the network, kept for all runs; empty: none")
+    search_budget: int = flag(0, "searches sent over the network, after which the tool fails; 0: no end")
+    code_unlocked: bool = flag(False, "run model-written code in plain child processes where the kernel cannot lock it in")
+    tools: Literal["on", "off"] = flag("on", "off: every call is answered that the tool is switched off")
+    released_crop: bool = flag(False, "as the released code: the question's crop box replaces the one in the model's code")
+    released_context: bool = flag(False, "as the released code: one user turn, the chain pasted as text, the image replaced")
 
 
 MAY_CHANGE = {"output_dir", "limit", "retry", "api", "api_prices", "api_timeout", "api_patience", "search_cache",
@@ -685,16 +681,17 @@ def _run(args):
         args.corpus, args.topk, pages=args.search_pages, cache=args.search_cache, budget=args.search_budget)
     if search and os.environ.get("RANK", "0") == "0":
         search.check()
+    _check_folder(out, args)
     if chat:
         chat.check()
     take_folder(out)
-    _take_up(out, args)
     from model import load_policy  # here for the reason given in _play
     from rollout import Limits, Tools
     limits = Limits(args.max_turns, args.max_new_tokens, args.max_tokens, released_context=args.released_context)
     if chat:  # the laptop model's tokenizer splits texts for the rollouts; tokens are the endpoint's to count
         limits = replace(limits, max_tokens=10 ** 9, max_observation_tokens=10 ** 9)
     policy = load_policy(str(Path(__file__).parent / "data/model") if chat else args.model)
+    _take_up(out, args)
     with CodeTool(unlocked=args.code_unlocked) if args.tools == "on" else nullcontext() as code:
         tools = Tools(code, search, released_crop if args.released_crop else None)
         try:
@@ -711,22 +708,27 @@ def _run(args):
     return scores
 
 
-def _take_up(out, args):
-    """Note the flags in a new folder; in one that was begun see that they are the same, and drop failed items for --retry."""
+def _check_folder(out, args):
+    """See that a folder that holds something holds an evaluation with the same flags."""
+    if (what := holds(out)) not in ("", "an evaluation"):
+        its_model = f"; to evaluate what it trained give --model {out / 'model'}" * (what == "a training run")
+        raise ValueError(f"--output_dir {out} holds {what}; choose another folder{its_model}")
     path, flags = out / "config.json", asdict(args)
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = sorted(name for name in flags.keys() - MAY_CHANGE if before.get(name) != flags[name])
-        if changed:
-            raise ValueError(f"--output_dir {out} holds an evaluation with other flags ({', '.join(changed)}); "
-                             "give the same ones to go on, or choose another folder")
-    elif any((out / name).exists() for name in ("metrics.jsonl", "items.jsonl")):
-        raise ValueError(f"--output_dir {out} holds another run; choose another folder")
+    before = parse_json(path.read_bytes(), path, 1) if path.exists() else flags
+    changed = sorted(name for name in flags.keys() - MAY_CHANGE if before.get(name) != flags[name])
+    if changed:
+        raise ValueError(f"--output_dir {out} holds an evaluation with other flags ({', '.join(changed)}); "
+                         "give the same ones to go on, or choose another folder")
+
+
+def _take_up(out, args):
+    """Note the flags in the folder, and drop failed items for --retry."""
+    out.mkdir(parents=True, exist_ok=True)
     if os.environ.get("RANK", "0") == "0":
         if args.retry:
             kept = [row for row in read_items(out).values() if not row["error"]]
             write_whole(out / "items.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        write_whole(path, json.dumps(flags, indent=1) + "\n")
+        write_whole(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
 
 
 def _table(scores, sign):
@@ -744,9 +746,8 @@ def _table(scores, sign):
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, or 2 after a line "error: …" on standard error for what the user
     can mend. It returns 2 and prints no scores where every item failed."""
-    parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
     try:
-        args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        args = parse_flags(Arguments, __doc__.partition("\n")[0], argv)
         if args.report:
             print(write_report(args.report))
             return 0
@@ -755,11 +756,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name} needs --benchmark, as benchmarks score differently; add --benchmark NAME")
         if args.compare and len(args.compare) != 2:
             raise ValueError(f"--compare takes two files, got {len(args.compare)}; write --compare A.json B.json")
-        scores = (compare(*args.compare, args.benchmark) if args.compare else
-                  rescore(args.rescore, args.benchmark) if args.rescore else _run(args))
+        with nothing_left(Path(args.output_dir)):
+            scores = (compare(*args.compare, args.benchmark) if args.compare else
+                      rescore(args.rescore, args.benchmark) if args.rescore else _run(args))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

@@ -187,7 +187,7 @@ def test_a_folder_of_other_tasks_is_refused(alone):
 def test_the_folder_of_a_training_run_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert main(["--model", "data/model", "--data", str(HELD_OUT), "--output_dir", str(tmp_path)]) == 2
-    assert "holds another run; choose another folder" in capsys.readouterr().err
+    assert "holds a training run; choose another folder" in capsys.readouterr().err
 
 
 def test_rows_are_added_behind_what_a_kill_cut_off(tmp_path):

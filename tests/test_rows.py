@@ -172,7 +172,7 @@ def test_prompts_that_are_too_long_end_a_run_before_its_first_step(tmp_path):
                       "--prompts_per_step", 1)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert f"{tmp_path / 't.json'}, task 'row-600': " in done.stderr and "raise --max_tokens" in done.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def draw(size):
@@ -229,7 +229,8 @@ def test_an_image_that_goes_while_a_run_goes_on_costs_its_task_only(tmp_path, mo
         os.remove(tmp_path / "2.png")
     monkeypatch.setattr(train, "check_tasks", check_then_remove)
     threads = torch.get_num_threads()
-    train.main(config, *train.prepare(config))
+    tasks, held_out, search = train.prepare(config)
+    train.main(config, tasks, held_out, search, *train.load(config, tasks, held_out))
     torch.set_num_threads(threads)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["tasks_failed"] >= 1 for row in rows] == [True, True]
