@@ -24,7 +24,7 @@ from base64 import b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from itertools import count
@@ -34,13 +34,13 @@ from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from data.files import append_json_line, each_row, read_rows, take_folder, write_whole
+from data.files import append_json_line, each_row, holds, nothing_left, parse_json, read_rows, take_folder, write_whole
+from data.flags import fail, flag, parse_flags
 from data.report import write_report
 from data.tasks import Benchmark, load_tasks, read_golds, split_of
 from reward import grade
-from tools import CodeTool, RequestFailed, SearchTool, fetch, split_address
+from tools import CodeTool, RequestFailed, SearchTool, fetch, parse_action, split_address
 
 SPLITS = ("all", "simple", "hard", "coding", "search")  # with figures of their own; the last two are those of offline tasks
 RESAMPLES = 4_000  # of a bootstrap
@@ -136,18 +136,22 @@ def _prediction(row, number):
     return row
 
 
-HOPELESS = ("http_301", "http_302", "http_303", "http_307", "http_308", "http_401", "http_402", "http_403", "http_404")
+PROBE = [{"role": "user", "content": "Say hello."}]  # any endpoint that works answers this
+OWN_SHARE = 0.8  # of the patience, for the tries of a reply itself; the rest is for the probe
+TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning")  # of a content
 TOKEN_COUNTS = {"prompt_tokens": ("prompt_tokens",), "completion_tokens": ("completion_tokens",),
                 "cached_tokens": ("prompt_tokens_details", "cached_tokens"),  # these two are parts of those above
                 "reasoning_tokens": ("completion_tokens_details", "reasoning_tokens")}
 
 
 class ApiRefused(ValueError):
-    """No request of this run can succeed: wrong address, model or key, or no credit. The message names the way out."""
+    """The endpoint answers nothing: wrong address, model or key, no credit, or dead. The message
+    names the way out."""
 
 
 class ApiFailed(Exception):
-    """One reply could not be had. The message is its kind: timeout, unreachable, bad_reply, http_500, "http_400: …"."""
+    """One reply could not be had, though the endpoint answers others. The message is its kind:
+    timeout, unreachable, bad_reply, http_500, "http_400: …"."""
 
 
 class ChatModel:
@@ -157,10 +161,15 @@ class ChatModel:
     request, `patience` for all tries of one reply, waits included; `backoff` is the first wait; all in seconds. A key is read
     from OPENAI_API_KEY, sent to `url` and nowhere else (no redirect is followed), and never shown. Proxies are not used.
 
-    What may pass is asked again, with doubled waits or as Retry-After says: timeouts, connections that fail, replies that are
-    cut or of another shape, and the statuses 408, 409, 429 and 5xx. Reasoning models refuse max_tokens and temperature: where
-    status 400 says that one is unsupported, the run goes on with max_completion_tokens, or without a temperature.
-    `parameters` are those in use. Raises ValueError for what cannot work.
+    What may pass is asked again, with doubled waits or as Retry-After says: timeouts, connections
+    that fail, replies that are cut or of another shape, and the statuses 408, 409, 429 and 5xx.
+    Where a reply still cannot be had, a short prompt is sent. If that is answered, the fault is the
+    item's (ApiFailed), and else the endpoint's (ApiRefused).
+
+    Reasoning models refuse max_tokens and temperature: where status 400 says that one is unsupported,
+    the run goes on with max_completion_tokens, or without a temperature; `parameters` are those in
+    use. `unanswered` counts the items in a row that had no reply in time. Raises ValueError for what
+    cannot work.
     """
 
     def __init__(self, url: str, model: str, *, max_new_tokens: int = 1024, temperature: float = 0.0,
@@ -181,12 +190,13 @@ class ChatModel:
         self.url, self.model, self._timeout, self._patience, self._backoff = url, model, timeout, patience, backoff
         self.parameters = {"max_tokens": max_new_tokens, "temperature": temperature}
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._usage = Counter(dict.fromkeys(("requests", "retries", "uncounted", *TOKEN_COUNTS), 0))
-        self._lock, self._warned = threading.Lock(), False
+        self._usage = Counter(dict.fromkeys(("requests", "retries", "uncounted", "empty", *TOKEN_COUNTS), 0))
+        self._lock, self._said, self.unanswered = threading.Lock(), set(), 0
 
     @property
     def usage(self) -> Counter:
-        """Totals so far: requests, of them retries and uncounted (replies without a count of tokens), and TOKEN_COUNTS."""
+        """Totals so far: requests, of them retries and uncounted (replies without a count of tokens),
+        TOKEN_COUNTS, and empty (turns without a text: a refusal, a call of a tool not offered)."""
         with self._lock:
             return Counter(self._usage)
 
@@ -198,12 +208,44 @@ class ChatModel:
         usage = self.usage
         return prices and (usage["prompt_tokens"] * prices[0] + usage["completion_tokens"] * prices[1]) / 1e6
 
+    def check(self, seconds: float | None = None) -> None:
+        """Send a short prompt with the parameters of a turn, so that what they cannot do shows here.
+        ApiRefused if no reply comes within `seconds`, by default the patience."""
+        seconds = self._patience if seconds is None else seconds
+        try:
+            self._ask_patiently(PROBE, time.monotonic() + seconds)
+        except RequestFailed as failure:
+            kind, why = str(failure), self._message(str(failure.__cause__ or failure.detail))
+            if failure.retry_after == float("inf"):
+                raise ApiRefused(f"{self.url} answers {kind} for model {self.model} ({why}); check --api "
+                                 "(it ends in /v1 as a rule), --model and OPENAI_API_KEY") from None
+            raise ApiRefused(f"{self.url} gives no reply: {kind} ({why}); check --api and the server; "
+                             "the same command goes on") from None
+
     def reply(self, rollout) -> tuple[str, bool]:
         """The next turn of a `rollout.Rollout`, and whether it is whole: False where max_new_tokens cut it off.
 
         A refusal is an empty text. Raises ApiFailed for this reply, ApiRefused for the whole run.
         """
-        messages, give_up = chat_messages(rollout), time.monotonic() + self._patience
+        messages, started = chat_messages(rollout), time.monotonic()
+        try:
+            thought, text, reason = self._ask_patiently(messages, started + OWN_SHARE * self._patience)
+        except RequestFailed as failure:
+            self.check(started + self._patience - time.monotonic())
+            kind, why = str(failure), self._message(failure.detail)
+            refused = failure.retry_after == float("inf")
+            with self._lock:
+                self.unanswered += not refused
+            raise ApiFailed(f"{kind}: {why}" if refused and why else kind) from failure
+        self.unanswered, whole = 0, reason != "length"
+        if whole and not text.strip():
+            self._count(empty=1)
+            self._say_once("empty", f"a reply without a text (finish_reason {reason}) counts as an "
+                                    "invalid turn; `empty` in usage.jsonl counts them")
+        return self._clean(with_thought(thought, text, whole)), whole
+
+    def _ask_patiently(self, messages, give_up):
+        """What `_ask` returns. RequestFailed once another try would be too late, or could not help."""
         for attempt in count():
             parameters, left = self.parameters, give_up - time.monotonic()
             self._count(requests=1, retries=int(attempt > 0))
@@ -212,32 +254,49 @@ class ChatModel:
             except RequestFailed as error:
                 failure = error
             kind, why = str(failure), self._message(failure.detail)
-            if kind in HOPELESS or "insufficient_quota" in failure.detail:
-                raise ApiRefused(f"{self.url} answers {kind} for model {self.model} ({why}); check --api (it ends in /v1 as a "
-                                 "rule), --model and OPENAI_API_KEY") from None
+            if "insufficient_quota" in failure.detail:
+                failure.retry_after = float("inf")
             wait = max(failure.retry_after or 0.0, self._backoff * 2 ** min(attempt, 6))
             wait *= random.SystemRandom().uniform(1.0, 1.5)  # threads that fail together do not come back together
             if kind == "http_400" and self._adapt(parameters, why):
                 wait = 0.0
-            if time.monotonic() + wait >= give_up:  # also where it is inf: another try could not help
-                raise ApiFailed(f"{kind}: {why}" if failure.retry_after == float("inf") and why else kind) from failure
-            if not self._warned and wait:
-                self._warned, cause = True, self._message(str(failure.__cause__ or why))
-                print(f"{self.url}: {kind} ({cause}); asks again, for up to {self._patience:g} s a reply", file=sys.stderr)
+            if time.monotonic() + wait >= give_up:
+                raise failure
+            if wait:
+                cause = self._message(str(failure.__cause__ or why))
+                self._say_once("again", f"{kind} ({cause}); asks again, for up to "
+                                        f"{self._patience:g} s a reply")
             time.sleep(wait)
 
     def _ask(self, payload, seconds):
-        """(text, whole) of one request."""
+        """(thought, text, finish_reason) of one request; a thought is what the server has split off."""
         body, _ = fetch(self.url.rstrip("/") + "/chat/completions", payload, self._headers, seconds=seconds)
+        reply = None
         try:
             reply = json.loads(body)
             counts = {name: _token_count(reply, path) for name, path in TOKEN_COUNTS.items()}
             self._count(uncounted=counts["prompt_tokens"] == 0, **counts)
             choice = reply["choices"][0]
-            text, whole = choice["message"].get("content"), choice.get("finish_reason") != "length"
-            return self._clean("" if text is None else text), whole
+            message, reason = choice["message"], choice.get("finish_reason")
+            if reason == "error":
+                raise ValueError("the server gave up in mid-turn")
+            content, text = message.get("content"), _joined(message.get("content"), TEXT_PARTS)
+            thought = message.get("reasoning_content") or message.get("reasoning")
+            if not isinstance(thought, str):
+                thought = _joined(content, THOUGHT_PARTS) if isinstance(content, list) else ""
+            if not text.strip() and parse_action(thought).kind != "invalid":
+                thought, text = "", thought  # the server took all for a thought
+            return thought, text, reason
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or of another shape
-            raise RequestFailed("bad_reply", None) from None
+            if status := _status_of(reply):
+                raise RequestFailed(f"http_{status}", detail=body) from None
+            raise RequestFailed("bad_reply", None, body) from None
+
+    def _say_once(self, topic, line):
+        with self._lock:
+            if topic not in self._said:
+                self._said.add(topic)
+                print(f"{self.url}: {line}", file=sys.stderr)
 
     def _count(self, **counts):
         with self._lock:
@@ -250,10 +309,11 @@ class ChatModel:
 
     def _message(self, body):
         """What the body of an error says, as one line of at most 300 characters that a terminal can show."""
-        with suppress(ValueError, AttributeError, RecursionError):  # no JSON, or of another shape: taken as it is
+        with suppress(ValueError, LookupError, AttributeError, RecursionError):  # no JSON, or of another shape: taken as it is
             reply = json.loads(body)
-            error = reply.get("error") or reply  # OpenAI; vLLM
-            body = str(error.get("message") or body)
+            reply = reply[0] if isinstance(reply, list) else reply  # Gemini
+            error = reply.get("error") or reply.get("detail") or reply  # OpenAI; FastAPI; vLLM
+            body = error if isinstance(error, str) else str(error.get("message") or body)
         text = self._clean(body)[:1000]
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
@@ -286,6 +346,40 @@ def _token_count(reply, path):
     for key in ("usage", *path):
         reply = reply.get(key) if isinstance(reply, dict) else None
     return reply if type(reply) is int and 0 <= reply < 1 << 31 else 0
+
+
+def _status_of(reply):
+    """The status that an error names in a reply of status 200 (as OpenRouter's do), where asking
+    again cannot help; None for all else."""
+    error = reply.get("error") if isinstance(reply, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if type(code) is int and 400 <= code < 500 and code not in (408, 409, 429) else None
+
+
+def _joined(content, kinds):
+    """The text of a content: null, a text, or a list of parts, of which those of `kinds` count."""
+    if not isinstance(content, list):
+        return "" if content is None else content
+    chosen = [(kind, part) for part in content if (kind := part.get("type", "text")) in kinds]
+    return "".join(_joined(part.get(kind, part.get("text")), TEXT_PARTS) for kind, part in chosen)
+
+
+def with_thought(thought: str, text: str, whole: bool) -> str:
+    """A turn as the model wrote it, `<think> … </think>` and the action, whose thought a server has
+    split off.
+
+    Servers that strip both parts lose the white space around the tags. What our models write there
+    stands for it: with a space for the line break, the laptop model answers otherwise.
+    """
+    thought = re.sub(r"\A\s*<think>|</think>\s*\Z", "", thought)
+    inside, tag, _ = text.partition("</think>")
+    if not thought.strip() or tag and thought.strip() in inside:  # none, or it stands in the text too
+        return text
+    if not whole and not text.strip():
+        return f"<think> {thought.strip()}"
+    if thought == thought.strip():
+        thought, text = f" {thought} ", f"\n{text}"
+    return f"<think>{thought}</think>{text}"
 
 
 def chat_messages(rollout) -> list[dict]:
@@ -334,30 +428,22 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
     Into output_dir go items.jsonl (a row an item, as they come; with images in items/), predictions.json in the released
     format, and scores.json. Called again it goes on where it was stopped, and comes to the same files. Processes of torchrun
     share the batches; the first one waits for all, the others return nothing. An item that fails is a row with its error.
+    Raises ApiRefused if the endpoint answers nothing; the items under way are left undone. Raises
+    ValueError if every item has failed.
     """
     out, limits = output_dir and Path(output_dir), replace(limits, batch_tokens=batch_size * samples * limits.max_tokens)
     rank = int(os.environ.get("RANK", 0)) if out else 0
     world = int(os.environ.get("WORLD_SIZE", 1)) if out else 1
-    items, done = [_asked(task, ask) for task in tasks], read_items(out)
-    for (number, _), row in done.items():
-        if number < len(tasks) and (row["id"], row["gt"]) != (tasks[number]["id"], tasks[number]["answers"]):
-            raise ValueError(f"{out / 'items.jsonl'}: item {number} is {row['id']!r} and not {tasks[number]['id']!r}: the "
-                             "tasks have changed; choose another --output_dir")
+    done = _done_before(out, tasks)
     wanted = [(number, sample) for number in range(len(tasks)) for sample in range(samples)]
     batches = [range(len(tasks))[start:start + batch_size] for start in range(0, len(tasks), batch_size)]
     todo = [batch for batch in batches if any((number, k) not in done for number in batch for k in range(samples))]
     with tqdm(total=len(wanted), initial=len(wanted) - samples * sum(map(len, todo)), desc="evaluate", unit=" items",
               disable=rank > 0) as bar:
         for batch in (b for b in batches[rank::world] if b in todo):  # not todo[…]: other ranks may have found less done
-            part, found = [items[number] for number in batch], []
-            if ask == "rag":
-                found = tools.search.search_many([tasks[number]["question"] for number in batch])
-                part = [{**item, "question": f"<information> {result.text} </information>\n{item['question']}"}
-                        for item, result in zip(part, found, strict=True)]
-            played = _play(policy, part, tools, limits, chat, seed * 1_000_003 + batch[0], ask == "agent", group_size=samples,
-                           temperature=temperature, prompt=prompt)
-            if tools.search and tools.search.spent:
-                raise ValueError("--search_budget is spent; the same command goes on, with the items that were under way")
+            played, found = _play_batch(policy, [tasks[number] for number in batch], tools, limits, chat, ask,
+                                        seed=seed * 1_000_003 + batch[0], group_size=samples, temperature=temperature,
+                                        prompt=prompt)
             keys = [(number, sample) for number in batch for sample in range(samples)]
             rows = [_item_row(tasks[key[0]], key, *parts, benchmark, out) for key, parts in zip(keys, played, strict=True)]
             for row in rows if found else ():
@@ -367,18 +453,45 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
             if out:
                 _append_items(out / "items.jsonl", rows)
             bar.update(len(rows))
-        while rank == 0 and not done.keys() >= set(wanted):  # others are still at it
-            time.sleep(0.5)
-            done = read_items(out)
-            bar.update(len(done.keys() & set(wanted)) - bar.n)
-    if rank > 0:
-        return {}
-    rows = [done[key] for key in wanted]
-    scores = summarize(rows, benchmark)
-    kept = ("id", "gt", "pred_answer", "split") + ("sample",) * (samples > 1)
-    predictions = [{key: row[key] for key in kept + ("error",) * bool(row["error"])} for row in rows]
+            if chat and chat.unanswered > 1 and all(row["error"] for row in rows):
+                raise ApiRefused(f"{chat.url} answers a short prompt, but no item in time "
+                                 f"({rows[-1]['error']}); check the server and --api_timeout; the same "
+                                 "command goes on, --retry True asks for the failed items again")
+        if rank == 0:
+            done = _wait_for_ranks(out, set(wanted), done, bar)
+    return _write([done[key] for key in wanted], benchmark, out) if rank == 0 else {}
+
+
+def _done_before(out, tasks):
+    """The rows of an earlier start. ValueError if they are of other tasks."""
+    done = read_items(out)
+    for (number, _), row in done.items():
+        if number < len(tasks) and (row["id"], row["gt"]) != (tasks[number]["id"], tasks[number]["answers"]):
+            raise ValueError(f"{out / 'items.jsonl'}: item {number} is {row['id']!r} and not {tasks[number]['id']!r}: the "
+                             "tasks have changed; choose another --output_dir")
+    return done
+
+
+def _wait_for_ranks(out, wanted, done, bar):
+    """All rows, as soon as the other ranks have played theirs."""
+    while not done.keys() >= wanted:
+        time.sleep(0.5)
+        done = read_items(out)
+        bar.update(len(done.keys() & wanted) - bar.n)
+    return done
+
+
+def _write(rows, benchmark, out):
+    """Write what a finished evaluation leaves; returns the scores. ValueError if every item failed."""
     if out:
         write_whole(out / "items.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if all(row["error"] for row in rows):
+        raise ValueError(f"every item failed, so there are no scores; the first with: {rows[0]['error']}; "
+                         "when that is mended, --retry True plays them again")
+    scores = summarize(rows, benchmark)
+    if out:
+        kept = ("id", "gt", "pred_answer", "split") + ("sample",) * (rows[-1]["sample"] > 0)
+        predictions = [{key: row[key] for key in kept + ("error",) * bool(row["error"])} for row in rows]
         for name, value in {"predictions.json": predictions, "scores.json": scores}.items():
             write_whole(out / name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     return scores
@@ -390,7 +503,20 @@ def _asked(task, ask):
     return {**task, "question": task["question"] + instructions}
 
 
-def _play(policy, items, tools, limits, chat, seed, is_agent, **options):
+def _play_batch(policy, tasks, tools, limits, chat, ask, **options):
+    """(what `_play` returns of these tasks, for "rag" the search results that they are shown)."""
+    items, found = [_asked(task, ask) for task in tasks], []
+    if ask == "rag":
+        found = tools.search.search_many([task["question"] for task in tasks])
+        items = [{**item, "question": f"<information> {result.text} </information>\n{item['question']}"}
+                 for item, result in zip(items, found, strict=True)]
+    played = _play(policy, items, tools, limits, chat, is_agent=ask == "agent", **options)
+    if tools.search and tools.search.spent:
+        raise ValueError("--search_budget is spent; the same command goes on, with the items that were under way")
+    return played, found
+
+
+def _play(policy, items, tools, limits, chat, *, seed, is_agent, **options):
     """[(rollout or None, answer, error or None)] of a batch. If it fails as a whole, its items are played one by one."""
     import torch  # not at the top: it takes seconds to load, and rescoring does without
 
@@ -406,7 +532,7 @@ def _play(policy, items, tools, limits, chat, seed, is_agent, **options):
     except Exception as error:  # of whatever kind: thousands of other items must not be lost for it
         if len(items) > 1:
             return [played for item in items for played in
-                    _play(policy, [item], tools, limits, chat, seed, is_agent, **options)]
+                    _play(policy, [item], tools, limits, chat, seed=seed, is_agent=is_agent, **options)]
         return [(None, None, f"{type(error).__name__}: {error}")] * options["group_size"]
     return [(r, r.answer if is_agent else _one_turn_answer(r), errors.get(id(r))) for r in rollouts]
 
@@ -493,45 +619,41 @@ def released_crop(code: str, task: dict, size: tuple[int, int]) -> str:
     return SLICE.sub(f"[{y_min}:{y_max}, {x_min}:{x_max}]", code)
 
 
-def _option(default, text, **more):
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass
 class Arguments:
     """The command line."""
-    model: str | None = _option(None, "hub name or folder of a Qwen2.5-VL; with --api its name there")
-    api: str | None = _option(None, "address of an OpenAI-compatible endpoint, as http://HOST:PORT/v1; key in OPENAI_API_KEY")
-    tasks: str | None = _option(None, "tasks to evaluate on, .json or .jsonl; data/prepare.py writes them", aliases=["--data"])
-    benchmark: Benchmark | None = _option(None, "the published benchmark that the file is; sets splits and scoring")
-    image_folder: str | None = _option(None, "folder of the images, if not beside the tasks")
-    ask: Literal["agent", "direct", "cot", "rag"] = _option("agent", "agent: with tools; others: one turn, rag after a search")
-    output_dir: str = _option("runs/evaluate", "folder for items, predictions and scores; what was begun there goes on")
-    rescore: str | None = _option(None, "only score this file of predictions; needs --benchmark, no model")
-    compare: list[str] | None = _option(None, "only compare two files of predictions, A and B: B - A; needs --benchmark")
-    report: str | None = _option(None, "only write RUN/report.html for the folder of a training run or an evaluation; no model")
-    limit: int | None = _option(None, "number of tasks to take from the start of the file")
-    samples: int = _option(1, "of each task; above 1 give a --temperature")
-    temperature: float = _option(0.0, "of sampling; 0: greedy")
-    seed: int = _option(0, "of sampling")
-    retry: bool = _option(False, "play the items again that failed")
-    max_turns: int = _option(5, "turns an episode")
-    max_new_tokens: int = _option(1024, "new tokens a turn; the paper's search evaluation takes 2048")
-    max_tokens: int = _option(8192, "tokens an episode: prompt, actions, observations; with --api its own limit holds")
-    batch_size: int = _option(8, "tasks played side by side; with --api requests at a time")
-    prompt: Literal["short", "full"] = _option("short", "instructions: short for the laptop model, full for hub models")
-    api_prices: str | None = _option(None, "dollars for a million prompt and completion tokens, as 2.5,10: the cost is shown")
-    api_timeout: float = _option(300.0, "seconds a request may take")
-    api_patience: float = _option(600.0, "seconds a turn may take, asking again included")
-    corpus: str = _option("sqlite:data/offline/corpus.sqlite", "search: sqlite:INDEX, http://HOST:PORT/retrieve or serper")
-    topk: int = _option(3, "passages a search returns")
-    search_pages: int = _option(0, "pages of the first results that are read too (serper)")
-    search_cache: str = _option("runs/search_cache.sqlite", "answers from the network, kept for all runs; empty: none")
-    search_budget: int = _option(0, "searches sent over the network, after which the tool fails; 0: no end")
-    code_unlocked: bool = _option(False, "run model-written code in plain child processes where the kernel cannot lock it in")
-    tools: Literal["on", "off"] = _option("on", "off: every call is answered that the tool is switched off")
-    released_crop: bool = _option(False, "as the released code: the question's crop box replaces the one in the model's code")
-    released_context: bool = _option(False, "as the released code: one user turn, the chain pasted as text, the image replaced")
+    model: str | None = flag(None, "hub name or folder of a Qwen2.5-VL; with --api its name there")
+    api: str | None = flag(None, "address of an OpenAI-compatible endpoint, as http://HOST:PORT/v1; key in OPENAI_API_KEY")
+    tasks: str | None = flag(None, "tasks to evaluate on, .json or .jsonl; data/prepare.py writes them", aliases=["--data"])
+    benchmark: Benchmark | None = flag(None, "the published benchmark that the file is; sets splits and scoring")
+    image_folder: str | None = flag(None, "folder of the images, if not beside the tasks")
+    ask: Literal["agent", "direct", "cot", "rag"] = flag("agent", "agent: with tools; others: one turn, rag after a search")
+    output_dir: str = flag("runs/evaluate", "folder for items, predictions and scores; what was begun there goes on")
+    rescore: str | None = flag(None, "only score this file of predictions; needs --benchmark, no model")
+    compare: list[str] | None = flag(None, "only compare two files of predictions, A and B: B - A; needs --benchmark")
+    report: str | None = flag(None, "only write RUN/report.html for the folder of a training run or an evaluation; no model")
+    limit: int | None = flag(None, "number of tasks to take from the start of the file")
+    samples: int = flag(1, "of each task; above 1 give a --temperature")
+    temperature: float = flag(0.0, "of sampling; 0: greedy")
+    seed: int = flag(0, "of sampling")
+    retry: bool = flag(False, "play the items again that failed")
+    max_turns: int = flag(5, "turns an episode")
+    max_new_tokens: int = flag(1024, "new tokens a turn; the paper's search evaluation takes 2048")
+    max_tokens: int = flag(8192, "tokens an episode: prompt, actions, observations; with --api its own limit holds")
+    batch_size: int = flag(8, "tasks played side by side; with --api requests at a time")
+    prompt: Literal["short", "full"] = flag("short", "instructions: short for the laptop model, full for hub models")
+    api_prices: str | None = flag(None, "dollars for a million prompt and completion tokens, as 2.5,10: the cost is shown")
+    api_timeout: float = flag(300.0, "seconds a request may take")
+    api_patience: float = flag(600.0, "seconds a turn may take, asking again included")
+    corpus: str = flag("sqlite:data/offline/corpus.sqlite", "search: sqlite:INDEX, http://HOST:PORT/retrieve or serper")
+    topk: int = flag(3, "passages a search returns")
+    search_pages: int = flag(0, "pages of the first results that are read too (serper)")
+    search_cache: str = flag("runs/search_cache.sqlite", "answers from the network, kept for all runs; empty: none")
+    search_budget: int = flag(0, "searches sent over the network, after which the tool fails; 0: no end")
+    code_unlocked: bool = flag(False, "run model-written code in plain child processes where the kernel cannot lock it in")
+    tools: Literal["on", "off"] = flag("on", "off: every call is answered that the tool is switched off")
+    released_crop: bool = flag(False, "as the released code: the question's crop box replaces the one in the model's code")
+    released_context: bool = flag(False, "as the released code: one user turn, the chain pasted as text, the image replaced")
 
 
 MAY_CHANGE = {"output_dir", "limit", "retry", "api", "api_prices", "api_timeout", "api_patience", "search_cache",
@@ -559,14 +681,17 @@ def _run(args):
         args.corpus, args.topk, pages=args.search_pages, cache=args.search_cache, budget=args.search_budget)
     if search and os.environ.get("RANK", "0") == "0":
         search.check()
+    _check_folder(out, args)
+    if chat:
+        chat.check()
     take_folder(out)
-    _take_up(out, args)
     from model import load_policy  # here for the reason given in _play
     from rollout import Limits, Tools
     limits = Limits(args.max_turns, args.max_new_tokens, args.max_tokens, released_context=args.released_context)
     if chat:  # the laptop model's tokenizer splits texts for the rollouts; tokens are the endpoint's to count
         limits = replace(limits, max_tokens=10 ** 9, max_observation_tokens=10 ** 9)
     policy = load_policy(str(Path(__file__).parent / "data/model") if chat else args.model)
+    _take_up(out, args)
     with CodeTool(unlocked=args.code_unlocked) if args.tools == "on" else nullcontext() as code:
         tools = Tools(code, search, released_crop if args.released_crop else None)
         try:
@@ -583,22 +708,27 @@ def _run(args):
     return scores
 
 
-def _take_up(out, args):
-    """Note the flags in a new folder; in one that was begun see that they are the same, and drop failed items for --retry."""
+def _check_folder(out, args):
+    """See that a folder that holds something holds an evaluation with the same flags."""
+    if (what := holds(out)) not in ("", "an evaluation"):
+        its_model = f"; to evaluate what it trained give --model {out / 'model'}" * (what == "a training run")
+        raise ValueError(f"--output_dir {out} holds {what}; choose another folder{its_model}")
     path, flags = out / "config.json", asdict(args)
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = sorted(name for name in flags.keys() - MAY_CHANGE if before.get(name) != flags[name])
-        if changed:
-            raise ValueError(f"--output_dir {out} holds an evaluation with other flags ({', '.join(changed)}); "
-                             "give the same ones to go on, or choose another folder")
-    elif any((out / name).exists() for name in ("metrics.jsonl", "items.jsonl")):
-        raise ValueError(f"--output_dir {out} holds another run; choose another folder")
+    before = parse_json(path.read_bytes(), path, 1) if path.exists() else flags
+    changed = sorted(name for name in flags.keys() - MAY_CHANGE if before.get(name) != flags[name])
+    if changed:
+        raise ValueError(f"--output_dir {out} holds an evaluation with other flags ({', '.join(changed)}); "
+                         "give the same ones to go on, or choose another folder")
+
+
+def _take_up(out, args):
+    """Note the flags in the folder, and drop failed items for --retry."""
+    out.mkdir(parents=True, exist_ok=True)
     if os.environ.get("RANK", "0") == "0":
         if args.retry:
             kept = [row for row in read_items(out).values() if not row["error"]]
             write_whole(out / "items.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        write_whole(path, json.dumps(flags, indent=1) + "\n")
+        write_whole(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
 
 
 def _table(scores, sign):
@@ -614,10 +744,10 @@ def _table(scores, sign):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 after a line "error: …" on standard error for what the user can mend."""
-    parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
+    """The command line. Returns 0, or 2 after a line "error: …" on standard error for what the user
+    can mend. It returns 2 and prints no scores where every item failed."""
     try:
-        args, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        args = parse_flags(Arguments, __doc__.partition("\n")[0], argv)
         if args.report:
             print(write_report(args.report))
             return 0
@@ -626,11 +756,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name} needs --benchmark, as benchmarks score differently; add --benchmark NAME")
         if args.compare and len(args.compare) != 2:
             raise ValueError(f"--compare takes two files, got {len(args.compare)}; write --compare A.json B.json")
-        scores = (compare(*args.compare, args.benchmark) if args.compare else
-                  rescore(args.rescore, args.benchmark) if args.rescore else _run(args))
+        with nothing_left(Path(args.output_dir)):
+            scores = (compare(*args.compare, args.benchmark) if args.compare else
+                      rescore(args.rescore, args.benchmark) if args.rescore else _run(args))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

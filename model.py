@@ -39,8 +39,10 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoTokeni
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 from grpo import Segments, packed_attention, token_logps
+from tools import to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of an image, after resizing; the paper's training uses 401,408
 TEXT = "\x00"  # stands for the user's text while the chat template is rendered; no template holds it
@@ -137,43 +139,69 @@ def all_reduce(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, floa
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError, within milliseconds, if `name` is a local folder that cannot be loaded. Hub names pass."""
+    """Raise ValueError, within milliseconds, if `name` is a local folder without a Qwen2.5-VL. Hub names pass."""
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith((".", "data/")) or name.count("/") != 1:
             raise ValueError(f"--model {name}: no such folder (and not a hub name like Qwen/Qwen2.5-VL-3B-Instruct)")
         return
-    needed = {"config.json": ["config.json"], "weights": ["model.safetensors", "model.safetensors.index.json"],
-              "tokenizer": ["tokenizer.json", "vocab.json"], "image processor": ["preprocessor_config.json"]}
-    for what, names in needed.items():
-        if not any((folder / n).is_file() for n in names):
-            raise ValueError(f"--model {name}: the folder has no {what} ({' or '.join(names)}); "
-                             "give a folder written by save_pretrained, or a hub name")
+    suffixes = {path.suffix for path in folder.iterdir()}
+    for what, is_there in {"config.json": (folder / "config.json").is_file(),
+                           "weights (.safetensors or .bin)": suffixes & {".safetensors", ".bin"}}.items():
+        if not is_there:
+            raise ValueError(f"--model {name}: the folder has no {what}; give a folder written by save_pretrained, "
+                             "as RUN/model is, or a hub name")
+
+
+def _read(from_pretrained, name, **options):
+    """`from_pretrained(name)`, whose errors, of many types, become a ValueError that names the model and the way out."""
+    try:
+        return from_pretrained(name, **options)
+    except Exception as error:  # also those of parsers, of the hub and of its network
+        why = " ".join(str(error).split())[:400]
+        way_out = ("mend the folder, or give one written by save_pretrained" if Path(name).is_dir() else
+                   "check the name on huggingface.co and the network; a gated or private model needs `hf auth login`")
+        raise ValueError(f"--model {name} cannot be loaded: {type(error).__name__}: {why}; {way_out}") from None
+
+
+def _read_model(name, dtype):
+    """The whole model. `from_pretrained` alone would leave at random values what the files lack."""
+    model, found = _read(Qwen2_5_VLForConditionalGeneration.from_pretrained, name, dtype=dtype,
+                         ignore_mismatched_sizes=True, output_loading_info=True)
+    if wrong := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+        raise ValueError(f"--model {name}: {len(wrong)} tensors are absent or of another shape, {wrong[0]} the first; "
+                         "mend the folder")
+    return model
 
 
 def load_policy(name: str, *, device: torch.device | None = None, shard: bool = False, gradient_checkpointing: bool = False,
                 min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> Policy:
-    """Load `name`, a hub name or a local folder in the hub's layout.
+    """Load `name`, a hub name or a local folder: all that `from_pretrained` accepts.
 
     shard=False: one whole copy, to sample and evaluate: bf16 on a GPU, fp32 on a CPU. shard=True (needs a process group):
     FSDP2 over all ranks, fp32 masters, bf16 compute on GPUs. min_pixels and max_pixels bound each image after resizing.
-    Raises ValueError for a folder that is not a Qwen2.5-VL.
+    Raises ValueError, on all ranks, for what is no Qwen2.5-VL or cannot be loaded.
     """
     check_model(name)
     device = device or pick_device()[0]
-    config = Qwen2_5_VLConfig.from_pretrained(name)
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"--model {name}: model_type is {config.model_type!r}, this code trains 'qwen2_5_vl'")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"--model {name}: the tokenizer has no chat template (tokenizer_config.json or chat_template.jinja)")
+    config = _read(Qwen2_5_VLConfig.from_pretrained, name)
+    model_type = Qwen2_5_VLConfig.get_config_dict(name)[0].get("model_type")  # as it is written; none would become ours
+    if model_type != "qwen2_5_vl":
+        raise ValueError(f"--model {name}: model_type is {model_type!r}, this code trains 'qwen2_5_vl'")
+    tokenizer = _read(AutoTokenizer.from_pretrained, name)
+    if tokenizer.chat_template is None:  # older processors keep it in chat_template.json
+        tokenizer.chat_template = _read(ProcessorMixin.get_processor_dict, name)[0].get("chat_template")
+    template = tokenizer.chat_template
+    if template is None or isinstance(template, dict) and "default" not in template:
+        raise ValueError(f"--model {name}: there is no chat template (chat_template.jinja, or in tokenizer_config.json)")
+    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
+        raise ValueError(f"--model {name}: <|image_pad|> is not {config.image_token_id}: the tokenizer is another model's")
     # Not by `size=`: the hub's preprocessor_config.json has min_pixels and max_pixels, which would win over it in silence.
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(name, min_pixels=min_pixels, max_pixels=max_pixels)
+    image_processor = _read(Qwen2VLImageProcessorPil.from_pretrained, name, min_pixels=min_pixels, max_pixels=max_pixels)
     if shard:
         model, hub_generation_config = _load_sharded(name, config, device)
     else:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device)
+        model = _read_model(name, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
         hub_generation_config = model.generation_config
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -227,11 +255,16 @@ def _empty_shards(config, device):
 
 def _load_sharded(name, config, device):
     """Spread the weights that rank 0 reads."""
-    model = _empty_shards(config, device)
-    weights, rest = {}, [None, None]
+    weights, rest, failure = {}, [None, None], []
     if dist.get_rank() == 0:
-        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
-        weights, rest = whole.state_dict(), [dict(whole.named_buffers()), whole.generation_config]
+        try:
+            whole = _read_model(name, torch.float32)
+            weights, rest = whole.state_dict(), [dict(whole.named_buffers()), whole.generation_config]
+        except ValueError as error:
+            failure = [str(error)]
+    if failure := gather(failure):  # the others would wait for weights
+        raise ValueError(failure[0])
+    model = _empty_shards(config, device)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     dist.broadcast_object_list(rest, src=0)  # rotary frequencies are buffers outside the state dict
     for buffer_name, value in rest[0].items():
@@ -259,13 +292,17 @@ def export(policy: Policy, folder: str | Path) -> None:
 
 
 def encode_text(policy: Policy, text: str) -> list[int]:
-    """Token ids of text that is not ours: special tokens in it are plain characters, so it cannot forge a turn or an image."""
+    """Token ids of text that is not ours. Special tokens in it are plain characters, so it cannot forge a turn or an image.
+
+    Qwen's eight added tokens that are not special (`<tool_call>`, `<|fim_prefix|>` …) stay single tokens, as in the released
+    pipeline; the model may sample them as any word, and no prompt of ours gives them a meaning.
+    """
     return policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_image(policy: Policy, image: Image.Image) -> EncodedImage:
     """Resize to a multiple of 28 pixels within the policy's bounds, normalise, cut into patches of 14 pixels."""
-    encoded = policy.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+    encoded = policy.image_processor(images=[to_rgb(image)], return_tensors="pt")
     return EncodedImage(encoded["pixel_values"], tuple(encoded["image_grid_thw"][0].tolist()))
 
 

@@ -20,13 +20,13 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo import Segments
 from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, image_inputs,
                    prompt_of, sample, token_inputs)
-from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, parse_action
+from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, open_picture, parse_action, to_rgb
 
 # What stands after the question. `short` is for the laptop model, which learnt the form from demonstrations.
 PROMPTS = {
@@ -190,7 +190,7 @@ def _load_image(policy, image):
     is_path = not isinstance(image, Image.Image)
     if is_path and image in policy.images:
         return policy.images[image]
-    picture = ImageOps.exif_transpose(Image.open(image) if is_path else image).convert("RGB")
+    picture = open_picture(image) if is_path else to_rgb(image)
     encoded = encode_image(policy, picture)
     if is_path and sum(known.pixels.nbytes + 3 * p.width * p.height for p, known in policy.images.values()) < MAX_KEPT:
         policy.images[image] = picture, encoded

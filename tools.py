@@ -58,6 +58,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
+from glob import escape, glob
 from html import unescape
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from itertools import accumulate, count
@@ -65,10 +67,11 @@ from typing import NamedTuple
 from unicodedata import category, normalize
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the names that the released prompt gives
-MIN_SIDE, MAX_ASPECT, MAX_PIXELS = 28, 200, 4096 * 4096  # the vision tower refuses a shorter side or a longer strip
+MAX_ASPECT, MAX_PIXELS = 200, 4096 * 4096  # Qwen's image processor refuses longer strips; what code and model see at most
+MIN_SIDE = 28  # pixels; a picture that code makes smaller than this, and than its input, is its mistake
 MAX_TEXT = 8_000  # bytes that the model reads of an error
 GRACE = 15.0  # seconds; a server that is silent for so long past the time limit counts as dead
 
@@ -92,13 +95,19 @@ class Action(NamedTuple):
 
 
 TAG = re.compile(r"<(/?)(search|problem|code|answer)>")
+# The fence that begins a block, at the start of a line or behind prose, and its info line: one word, or a name of Python with
+# what follows it, unless that looks like code. Such code is kept.
+FENCE = re.compile(r"""(?:^[^\n`~'"\#=(]*|[:.][ \t]*)(`{3,9}|~{3,9})[ \t]*(?:
+    [\w{}.:+\#-]*[ \t]*\n
+    |(?:python|py)[\d.]*\b(?![^\n`~]*(?:\bimport\b|\s=\s|\())[^\n`~]*\n
+    |(?:(?:python|py)[\d.]*\b)?(?=[ \t]*[^\s`~]))""", re.IGNORECASE | re.MULTILINE | re.VERBOSE)
 
 
 def parse_action(text: str) -> Action:
     """The action of a turn: the only `<tag>…</tag>` behind the first `</think>` (in all of the text without it).
 
-    The content is stripped, code also of its ``` fence. Anything but one opening tag and its closing tag (a third
-    action tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length of the text.
+    The content is stripped; of code, the first fenced block is taken if there is one. Anything but one opening tag and its
+    closing tag (a third action tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length.
     """
     _, think, after = text.partition("</think>")
     turn = after if think else text
@@ -106,9 +115,74 @@ def parse_action(text: str) -> Action:
     if [tag[1] for tag in tags] != ["", "/"] or tags[0][2] != tags[1][2]:
         return Action("invalid", text)
     kind, content = tags[0][2], turn[tags[0].end():tags[1].start()].strip()
-    if kind == "code" and "```" in content:
-        content = re.sub(r"\A(python3?|py)?[ \t]*\n", "", content.split("```")[1]).strip()
-    return Action(kind, content)
+    return Action(kind, _unfenced(content) if kind == "code" else content)
+
+
+def _unfenced(text: str) -> str:
+    """Code as a model wrote it, without its fence, and without a first line that only says python."""
+    text = re.sub(r"\r\n?", "\n", text)
+    if fence := FENCE.search(text):
+        text = text[fence.end():]
+        # Its end: a fence on a line of its own, since a string or a comment may hold one; or behind the code.
+        end = re.search(rf"^[ \t]*{fence[1]}+[ \t]*$", text, re.M) or re.search(rf"{fence[1]}[ \t]*$", text, re.M)
+        text = text[:end.start()] if end else text
+    else:
+        text = text.removesuffix("```")
+    return re.sub(r"\A\s*(python|py)[\d.]*[ \t]*\n", "", text, flags=re.IGNORECASE).strip()
+
+
+# ---- pictures: one way to read a file, one way to make RGB
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # of Pillow's: none starts a program
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+
+
+def open_picture(path: str | os.PathLike) -> Image.Image:
+    """The picture in a file of IMAGE_FORMATS as `to_rgb` makes it, scaled down to MAX_PIXELS if it has more.
+
+    So code may write a picture of the size of its input, however large the file was. ValueError if it cannot be read.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
+            picture = to_rgb(file)
+        scale = math.sqrt(MAX_PIXELS / (picture.width * picture.height))
+        return picture if scale >= 1 else picture.resize([max(1, int(side * scale)) for side in picture.size])
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
+        raise ValueError(f"image {path} cannot be read ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as RGB, the way it is meant to be seen: upright by its EXIF, on white where it is transparent.
+
+    Of a moving picture the first frame. Grey of more than 8 bits is scaled: 16 bits by 1/256; whole numbers of 32 bits by
+    the bytes that the brightest takes; floats by 255, unless one is above 1. A plain RGB picture is returned as it is.
+    """
+    image.load()  # here, not in the threads that share it
+    turn = None
+    with suppress(Exception):  # nonsense in the EXIF block, of which Pillow raises many kinds
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+    if image.mode == "RGB" and turn is None and "transparency" not in image.info:
+        return image
+    shown = _eight_bits(image) if image.mode[0] in "IF" else image.convert("LA") if image.mode == "La" else image
+    if shown.has_transparency_data:
+        shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown.convert("RGBA"))
+    shown = shown.convert("RGB")  # a copy
+    shown.info = {}  # or it would be turned again, the next time
+    return shown if turn is None else shown.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits as L, or LA with the one grey transparent that a 16-bit PNG names."""
+    if image.mode == "F":
+        scale = 255 if image.getextrema()[1] <= 1 else 1
+        return image.point(lambda value: value * scale + 0.5).convert("L")
+    wide = image.convert("I")  # Pillow would clip it to 8 bits
+    spare = 1 if image.mode != "I" else (max(wide.getextrema()[1], 1).bit_length() - 1) // 8  # bytes below the highest
+    grey = wide.point(lambda value: value * 256.0 ** -spare).convert("L")
+    if "transparency" in image.info:
+        grey.putalpha(wide.point([255 * (value != image.info["transparency"]) for value in range(1 << 16)], "L"))
+    return grey
 
 
 # ---- frames: all that passes between trainer, server and child
@@ -218,9 +292,8 @@ def _landlock(version: int) -> None:
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # refuse all file rights that this kernel knows
     attributes = struct.pack("=QQQ", every, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]  # and TCP, signals
     ruleset = _libc("syscall", 444, attributes, len(attributes), 0)
-    prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
-    libraries = [os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")]
-    paths = {path: read for path in (*libraries, "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom")}
+    files = "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom"
+    paths = {path: read for path in (*_libraries(), *files)}
     for path, rights in {**paths, os.getcwd(): read, os.devnull: read | write, OUTPUT: read | write | truncate}.items():
         if os.path.exists(path):
             rights = (rights | list_folder if os.path.isdir(path) else rights) & every
@@ -228,6 +301,16 @@ def _landlock(version: int) -> None:
             _libc("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, beneath), 0)
             os.close(beneath)
     _libc("syscall", 446, ruleset, 0)
+
+
+@cache
+def _libraries() -> list[str]:
+    """Folders of libraries; and what else the loader finds by its variables, as files: those folders may hold anything."""
+    prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
+    folders = {os.path.realpath(os.path.join(prefix, lib)) for prefix in prefixes for lib in ("lib", "lib64")}
+    named = [folder for name in START if name.endswith("_PATH") for folder in os.environ.get(name, "").split(":") if folder]
+    files = {os.path.realpath(file) for folder in named for file in glob(f"{escape(folder)}/*.so*")}
+    return [*folders, *(file for file in files if not file.startswith(tuple(f"{folder}/" for folder in folders)))]
 
 
 def _lock(program: bytes, version: int) -> None:
@@ -307,22 +390,14 @@ def _run_code(code: str, image: Image.Image, output: str) -> tuple[str, str, Ima
         made = result if isinstance(result := script.get("result"), Image.Image) else None
         script.clear()  # closes the files that it left open
         if os.path.exists(output) and os.path.getsize(output):
-            made = Image.open(output, formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF"))
+            made = Image.open(output, formats=IMAGE_FORMATS)
         elif made is None:
             return "no_output", f"Error: the code wrote no '{OUTPUT}'{said}", None
         if made.width * made.height > MAX_PIXELS:  # the header claims so: nothing is decoded yet
             raise ValueError(f"it has {made.width}x{made.height} pixels, more than {MAX_PIXELS}")
-        ImageOps.exif_transpose(made, in_place=True)
-        return "ok", "", _to_rgb(made)
+        return "ok", "", to_rgb(made)
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         return "bad_image", f"Error: '{OUTPUT}' is unusable: {error}", None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # here, not in the threads that share it
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _describe(error: BaseException) -> str:
@@ -348,6 +423,9 @@ def _png(size: tuple[int, int], rgb: bytearray) -> list[bytes]:
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # and nothing of ours
                       "PYTHONHASHSEED": "0",  # sets in the same order each time
                       "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a fresh child touches many pages: large ones save a fifth
+# Of our environment, without which some interpreters do not start (those of a cluster's modules, for instance).
+START = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "PYTHONHOME")
+NO_LOCK = 3  # exit status of a server that cannot lock code in
 LOCK_TEST = """
 import os, socket
 for attempt in (socket.socket, lambda: os.getsid(0), lambda: os.listdir("/")):
@@ -372,16 +450,22 @@ def _serve(unlocked: bool) -> None:
     lock, warning = None, ""
     if not unlocked:
         if sys.platform != "linux" or platform.machine() not in MACHINES:
-            sys.exit(f"image code can be locked in on Linux only, on {' or '.join(MACHINES)}")
+            print(f"image code can be locked in on Linux only, on {' or '.join(MACHINES)}", file=sys.stderr)
+            sys.exit(NO_LOCK)
         version = _landlock_version()
         lock = _seccomp_filter(may_open=version > 0), version
+        _libraries()  # here, once for all children
         warning = "" if version else "no Landlock in this kernel: image code may open no file, only use `image` and `result`"
     sock = socket.socket(fileno=0)
     try:
         test = "result = image" + LOCK_TEST * (not unlocked)  # what fails here is our fault
-        number, text, *_ = _serve_call(_frame(round(GRACE * 1000), test, Image.new("RGB", (MIN_SIDE, MIN_SIDE))), lock)
+        try:
+            number, text, *_ = _serve_call(_frame(round(GRACE * 1000), test, Image.new("RGB", (MIN_SIDE, MIN_SIDE))), lock)
+        except RuntimeError as error:
+            number, text = None, error
         if number != KINDS.index("ok"):
-            sys.exit(f"the self-test of the code server failed: {text}")
+            print(f"the self-test of the code server failed: {text}", file=sys.stderr)
+            sys.exit(1 if unlocked else NO_LOCK)
         reply = _frame(number, warning)
         with suppress(EOFError, ConnectionError):
             while True:
@@ -453,7 +537,7 @@ class CodeTool:
     def run_many(self, calls: list[tuple[str, Image.Image]]) -> list[ToolResult]:
         """Side by side; the results stand in the order of the calls. RuntimeError if the machinery is broken."""
         # Converted before the threads start: loading a file image, which a group shares, in two of them is not safe.
-        return list(self._pool.map(self._call, [(code, _to_rgb(image)) for code, image in calls]))
+        return list(self._pool.map(self._call, [(code, to_rgb(image)) for code, image in calls]))
 
     def _call(self, call: tuple[str, Image.Image]) -> ToolResult:
         started, server = time.monotonic(), self._idle.pop()
@@ -466,7 +550,8 @@ class CodeTool:
             self._idle.append(server)  # a broken one too, for close()
         number, text, (width, height), rgb = reply or _frame(KINDS.index("crash"), "Error: the server of the code was killed")
         kind, image = KINDS[number] if number < len(KINDS) else "crash", None
-        if kind == "ok" and (min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height)):
+        if kind == "ok" and (min(width, height) < min(MIN_SIDE, *call[1].size)
+                             or max(width, height) > MAX_ASPECT * min(width, height)):
             kind, text = "bad_image", f"Error: '{OUTPUT}' has {width}x{height} pixels: too small or too narrow"
         elif kind == "ok":
             image = Image.frombytes("RGB", (width, height), rgb)
@@ -485,14 +570,16 @@ class CodeTool:
             return None
 
     def _start(self, again: bool = True) -> tuple[subprocess.Popen, socket.socket, str]:
-        """A server that works: neither environment nor open files pass to it. RuntimeError if it does not start."""
+        """A server that works: no open files pass to it, of the environment START. RuntimeError if it does not start."""
         ours, theirs = socket.socketpair()
+        passed = {name: ":".join(path for path in os.environ[name].split(":") if os.path.isabs(path) and os.path.exists(path))
+                  for name in START if name in os.environ}
         folder = tempfile.mkdtemp(prefix="code_tool_")
         with theirs:
-            # Isolated, but for PYTHONHASHSEED: -I would ignore that. No other variable is there to be ignored.
+            # Isolated, but for the variables that -I would ignore: no others are there.
             command = [sys.executable, "-sP", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
             process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True,
-                                       env=SERVER_ENVIRONMENT)
+                                       env=SERVER_ENVIRONMENT | passed)
         with suppress(EOFError, OSError):
             number, warning, *_ = _receive(ours, time.monotonic() + 4 * GRACE)
             if number == KINDS.index("ok"):
@@ -502,8 +589,10 @@ class CodeTool:
         status = self._stop(process, ours, folder)
         if status < 0 and again:  # killed
             return self._start(again=False)
-        raise RuntimeError(f"the code server does not start (exit status {status}, see its message on stderr); where the "
-                           "kernel cannot lock code in, unlocked=True (--code_unlocked True) accepts plain child processes")
+        raise RuntimeError(f"the code server does not start (exit status {status}, see its message on stderr); " + (
+            "where the kernel cannot lock code in, unlocked=True (--code_unlocked True) accepts plain child processes"
+            if status == NO_LOCK else
+            f"{sys.executable} must find Python, Pillow and numpy with no other variables than {', '.join(START)}"))
 
     def _stop(self, process: subprocess.Popen, sock: socket.socket, folder: str) -> int:
         """The exit status, negative if a signal of others ended it."""
@@ -596,8 +685,19 @@ def open_retrieval(url: str) -> Callable[[str, int], Passages]:
 
     def search(query: str, topk: int) -> Passages:
         reply = json.loads(fetch(url, {"queries": [query], "topk": topk, "return_scores": True})[0])
-        documents = [item.get("document", item) for item in reply["result"][0][:topk]]  # with scores, or bare
-        return [(with_title(document["contents"]), "") for document in documents]
+        found, passages = reply["result"][0], []
+        if not isinstance(found, list):
+            raise ValueError("no list of documents")
+        for item in found:
+            if isinstance(item, list):  # [document, score]
+                item = item[0] if item else None
+            with suppress(ValueError):  # one bad document is no reason to lose the others
+                passages.append((read_document(item.get("document", item) if isinstance(item, dict) else item)[0], ""))
+        if len(passages) < len(found):
+            warnings.warn("the retrieval server sends documents without a text; they are left out", stacklevel=2)
+            if not passages:
+                raise ValueError("no document has a text")
+        return passages[:topk]
     return search
 
 
@@ -621,10 +721,27 @@ def open_serper(address: str) -> Callable[[str, int], Passages]:
 BACKENDS = {"sqlite": open_sqlite, "http": open_retrieval, "https": open_retrieval, "serper": open_serper}  # by scheme
 
 
-def with_title(contents: str) -> str:
-    """`Title: text` of a document whose first line is its title, in quotes or not, as in Search-R1's corpora."""
-    title, newline, text = contents.partition("\n")
-    return title.strip('" ') + ": " + text if newline else contents
+def read_document(document: dict | str) -> tuple[str, str]:
+    """(text as shown, text as indexed) of a document of a corpus or a retrieval server. ValueError if it has none.
+
+    The text stands under "contents", "content" or "text", or is the document. A title of its own is shown before it; one that
+    stands beside "contents" is only searched, as these hold it already: in their first line, in Search-R1's corpora in quotes.
+    """
+    row = {"contents": document} if isinstance(document, str) else document
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    key = next((k for k in ("contents", "content", "text") if isinstance(row.get(k), str) and row[k].strip()), None)
+    title = row.get("title") or ""
+    if key is None or not isinstance(title, str):
+        raise ValueError('needs a text under "contents", "content" or "text"; "title" is a text too, if given')
+    title, shown = title.strip('" '), row[key].strip()
+    first, newline, rest = shown.partition("\n")
+    heading = first.strip('" ')
+    if title and key != "contents":
+        shown = f"{title}: {shown}"
+    elif newline and title in ("", heading):
+        shown = f"{heading}: {rest}"
+    return shown, shown if shown.startswith(title) else f"{title} {shown}"
 
 
 class SearchTool:
@@ -802,7 +919,7 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None, pu
             if not public or status not in (301, 302, 303, 307, 308):
                 break
             url = urljoin(url, head.get("Location", "")[:MAX_ADDRESS + 1])
-        if status != 200:
+        if status not in (200, 201):
             passes = status in (408, 409, 429) or status >= 500
             wait = _retry_after(head.get("Retry-After", "")) if passes else float("inf")
             raise RequestFailed(f"http_{status}", wait, body[:MAX_TEXT].decode("utf-8", "replace"))

@@ -21,11 +21,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -34,22 +35,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from data.files import append_json_line, publish, read_json_lines, take_folder, write_whole
+from data.files import append_json_line, holds, nothing_left, publish, read_json_lines, take_folder, write_whole
+from data.flags import fail, flag, parse_flags
 from data.tasks import describe, load_tasks
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, copy_policy, export, gather, gathered, load_policy,
                    score, start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
-from rollout import PROMPTS, Limits, Rollout, Tools, collate, micro_batches, opening_error, roll_out, rollout_row
+from rollout import Limits, Rollout, Tools, collate, micro_batches, opening_error, roll_out, rollout_row
 from tools import CodeTool, SearchTool, parse_action
 
 
-def flag(default, text):
-    """A field of `Config` with its help text."""
-    return field(default=default, metadata={"help": text})
+def list_weights(weights: dict[str, float]) -> str:
+    """As --rewards takes them."""
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items())
 
 
 @dataclass
@@ -64,8 +65,8 @@ class Config:
     search_cache: str = flag("runs/search_cache.sqlite", "answers from the network, kept for all ranks and runs; empty: none")
     search_budget: int = flag(0, "searches over the network, of all ranks, before the run stops with a checkpoint; 0: no end")
     output_dir: str = flag("runs/default", "where metrics, rollouts, checkpoints and the exported model go")
-    mode: str = flag("episode", "episode: live multi-turn; step: one action a row, the released way")
-    prompt: str = flag("short", "instructions after the question: short (none: the laptop model) or full (the hub's models)")
+    mode: Literal["episode", "step"] = flag("episode", "episode: live multi-turn; step: one action a row, as released")
+    prompt: Literal["short", "full"] = flag("short", "instructions: short for the laptop model, full for hub models")
     steps: int = flag(60, "updates")
     prompts_per_step: int = flag(8, "P, over all ranks together")
     group_size: int = flag(8, "G, samples a prompt, at least 2")
@@ -84,8 +85,9 @@ class Config:
     updates_per_batch: int = flag(1, "optimizer steps on the same rollouts; beyond the first, ratios leave 1 and are clipped")
     clip_low: float = flag(0.2, "ratios below 1 - clip_low gain nothing; needs updates_per_batch above 1")
     clip_high: float = flag(0.2, "ratios above 1 + clip_high gain nothing (dapo: 0.28)")
-    loss: str = flag("grpo", f"one of {', '.join(LOSSES)}")
-    rewards: str = flag("", "weights of reward parts, like accuracy=1,problem=0.5; others keep their default")
+    loss: Literal[LOSSES] = flag("grpo", "how advantages and tokens are weighted, by paper")
+    rewards: str = flag("", "weights of reward parts, like accuracy=1,problem=0.5; others keep their default: in an episode "
+                        f"{list_weights(WEIGHTS)}; in a step {list_weights(STEP_WEIGHTS)}")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     min_pixels: int = flag(MIN_PIXELS, "of an image after resizing")
     max_pixels: int = flag(MAX_PIXELS, "of an image after resizing; the paper: 401408")
@@ -103,9 +105,6 @@ class Config:
     resume: bool = flag(False, "go on from the newest whole checkpoint in output_dir, or start there if there is none yet")
 
     def __post_init__(self):
-        for name, allowed in {"mode": ("episode", "step"), "prompt": tuple(PROMPTS), "loss": LOSSES}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
         if self.group_size < 2:
             raise ValueError(f"--group_size {self.group_size}: a group of one has no advantage; give at least 2")
         positive = ("steps", "prompts_per_step", "max_turns", "max_new_tokens", "temperature", "lr", "save_every",
@@ -164,7 +163,7 @@ def opens(policy: Policy, task: dict, config: Config, failed: list[str]) -> bool
 
 
 def check_tasks(policy: Policy, tasks: list[dict], held_out: list[dict], config: Config) -> None:
-    """Open every task once, shared among the ranks. Ends the run before its first step if some cannot be played."""
+    """Open every task once, shared among the ranks. Raises ValueError, on all ranks, if some cannot be played."""
     mine = [(path, task) for path, part in ((config.tasks, tasks), (config.eval_tasks, held_out)) for task in part]
     mine = mine[dist.get_rank()::dist.get_world_size()]
     found = ((path, task, opening_error(policy, task, config.limits(), config.prompt)) for path, task in
@@ -172,7 +171,7 @@ def check_tasks(policy: Policy, tasks: list[dict], held_out: list[dict], config:
     bad = gather([f"{path}, task {task['id']!r}: {error}; mend or remove it" for path, task, error in found if error])
     if bad:
         more = f"\n… and {len(bad) - 5} more" if len(bad) > 5 else ""
-        sys.exit("error: " + "\n".join(bad[:5]) + more if dist.get_rank() == 0 else 1)
+        raise ValueError("\n".join(bad[:5]) + more)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -285,7 +284,8 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
                    for i, r in enumerate(rollouts)])
     spent = all_reduce({**seconds, "all": time.perf_counter() - clock}, dist.ReduceOp.MAX)
     num_failed = int(all_reduce({"tasks": len(failed)})["tasks"])
-    row = {"step": step, **rollout_metrics(rows), "tasks_failed": num_failed, **metrics, "lr": learning_rate(step - 1, config),
+    row = {"step": step, **rollout_metrics(rows, config.reward_weights()), "tasks_failed": num_failed, **metrics,
+           "lr": learning_rate(step - 1, config),
            "tokens_per_s": metrics["tokens"] / spent["all"], "padding": spent.pop("padding"), "seconds": spent.pop("all"),
            **{f"seconds_{name}": value for name, value in spent.items()}}
     if dist.get_rank() == 0:
@@ -295,33 +295,40 @@ def log_step(step: int, rollouts: list[Rollout], parts: list[dict], rewards: lis
     return row
 
 
-def rollout_metrics(rows: list[dict]) -> dict[str, float]:
-    """Means over the rows of a step; the caller has added to each its success, reward, reward_parts and advantage."""
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are not None; None where there is none."""
+    values = [value for value in values if value is not None]
+    return fmean(values) if values else None
+
+
+def rollout_metrics(rows: list[dict], parts: Iterable[str]) -> dict[str, float | None]:
+    """Means over the rows of a step; the caller has added to each its success, reward, reward_parts and advantage.
+
+    The keys are the same in every step: each of `parts`, which a row may lack, has one, and a mean over nothing is None.
+    """
     turns = [turn for row in rows for turn in row["turns"]]
-    names = sorted({name for row in rows for name in row["reward_parts"]})
-    parts = {name: fmean(r["reward_parts"][name] for r in rows if name in r["reward_parts"]) for name in names}
-    known = [r["success"] for r in rows if r["success"] is not None]
-    return {"reward": fmean(r["reward"] for r in rows), **{f"reward_{name}": value for name, value in parts.items()},
-            "success": fmean(known) if known else None, "turns": fmean(len(r["turns"]) for r in rows),
-            "valid_turns": fmean(turn["action"] != "invalid" for turn in turns),
+    return {"reward": mean(r["reward"] for r in rows),
+            **{f"reward_{name}": mean(r["reward_parts"].get(name) for r in rows) for name in sorted(parts)},
+            "success": mean(r["success"] for r in rows), "turns": mean(len(r["turns"]) for r in rows),
+            "valid_turns": mean(turn["action"] != "invalid" for turn in turns),
             "tool_errors": 1 - fmean([turn["ok"] for turn in turns if "ok" in turn and not turn["lost"]] or [1]),
             "searches_lost": sum(turn.get("lost", False) for turn in turns),
-            "stop_length": fmean(r["stop"] == "length" for r in rows),
-            "stop_invalid": fmean(r["stop"] == "invalid" for r in rows),
-            "flat_groups": fmean(r["advantage"] == 0 for r in rows)}
+            "stop_length": mean(r["stop"] == "length" for r in rows),
+            "stop_invalid": mean(r["stop"] == "invalid" for r in rows),
+            "flat_groups": mean(r["advantage"] == 0 for r in rows)}
 
 
 def step_line(row: dict, steps: int, left: float) -> str:
     """One readable line of a row of metrics; left: seconds to the end. What is wrong stands at its end."""
-    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_"))
+    parts = " ".join(f"{name[7:]} {row[name]:.2f}" for name in row if name.startswith("reward_") and row[name] is not None)
+    success = "" if row["success"] is None else f"success {row['success']:.0%}  "
     seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in ("generate", "tools", "score", "update"))
     notes = {f"{row['tasks_failed']} tasks failed": row["tasks_failed"] > 0,
              f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
              "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
              "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
              "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
-    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  "
-            f"success {'–' if row['success'] is None else format(row['success'], '.0%')}  "
+    return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  {success}"
             f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  {row['seconds']:.1f} s ({seconds})  "
             f"padding {row['padding']:.0%}  left {int(left) // 60}:{int(left) % 60:02d}"
             + "".join(f"  {note}" for note, holds in notes.items() if holds))
@@ -403,7 +410,7 @@ def clean(out: Path, step: int) -> None:
     for path in [*out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp"), *(out / "rollouts").glob("step_*")]:
         if path.suffix == ".tmp" or int(path.stem[5:]) > step:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
+    for path in filter(Path.exists, (out / "metrics.jsonl", out / "evaluations.jsonl")):
         write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path) if row["step"] <= step))
 
 
@@ -429,21 +436,21 @@ def damaged_files(folder: Path) -> list[str]:
 
 def find_checkpoint(config: Config) -> tuple[int, Path | None]:
     """(step, folder) of the newest whole checkpoint, or (0, None) where none was written yet. Later rows are cut, to be
-    replayed; damaged checkpoints are set aside, not deleted. Ends the run if all are damaged or the model is another."""
+    replayed; damaged checkpoints are set aside, not deleted. Raises ValueError if all are damaged or the model is another."""
     out, lead, damaged = Path(config.output_dir), dist.get_rank() == 0, []
     found = checkpoints(out)
     while found and (names := damaged_files(found[-1][1])):
         damaged.append(found.pop()[1])
         print(f"{damaged[-1]} is damaged: {', '.join(names)}")
     if damaged and not found:
-        sys.exit(f"error: no checkpoint in {out} is whole; bring one back, or choose another --output_dir" if lead else 1)
+        raise ValueError(f"no checkpoint in {out} is whole; bring one back, or choose another --output_dir")
     step, folder = found[-1] if found else (0, None)
     path, now = (folder or out) / "config.json", {"ranks": dist.get_world_size(), **asdict(config)}
     before = json.loads(path.read_text()) if path.exists() else now  # a run can be killed before it is there
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now.keys() - {"output_dir", "resume"}
                if before.get(name) != now[name]]
     if before["model"] != config.model:
-        sys.exit(f"error: {out} is a run of --model {before['model']}, where its KL starts; give that one" if lead else 1)
+        raise ValueError(f"{out} is a run of --model {before['model']}, where its KL starts; give that one")
     print(f"resumes from {folder}" if folder else f"{out} has no checkpoint yet: starts at the first step",
           f"; changed, so it may be no replay: {', '.join(sorted(changed))}" * bool(changed), sep="", flush=True)
     if lead:
@@ -459,8 +466,10 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     """Check what can be checked before a model is loaded; returns (training tasks, held-out tasks, search tool)."""
     check_model(config.model)
     out, world = Path(config.output_dir), int(os.environ.get("WORLD_SIZE", 1))
-    if not config.resume and any((out / name).exists() for name in ("config.json", "metrics.jsonl", "evaluations.jsonl")):
-        raise ValueError(f"--output_dir {out} holds a run; add --resume to go on, or choose another folder")
+    what = holds(out)
+    if what and not (config.resume and what == "a training run"):
+        go_on = "add --resume to go on, or " * (what == "a training run")
+        raise ValueError(f"--output_dir {out} holds {what}; {go_on}choose another folder")
     if config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide among {world} ranks")
     tasks = load_tasks(config.tasks, mode=config.mode)
@@ -472,13 +481,16 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     if os.environ.get("RANK", "0") == "0":
         search.check()
     take_folder(out)  # at the end: a run that is refused leaves none
-    (out / "rollouts").mkdir(exist_ok=True)
     return tasks, held_out, search
 
 
-def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool) -> None:
-    """The whole run, from the model to its export, on what `prepare` returned."""
-    begin = time.perf_counter()
+def load(config: Config, tasks: list[dict], held_out: list[dict]
+         ) -> tuple[Policy, Policy | None, torch.optim.Optimizer, int]:
+    """Join the other ranks and see that all tasks can be opened; returns (policy, reference if there is a KL, optimizer,
+    steps done).
+
+    The last thing before the first step that can fail for what a user can mend: raises ValueError then, and OSError.
+    """
     start_ranks()
     out, lead = Path(config.output_dir), dist.get_rank() == 0
     if not lead:
@@ -494,9 +506,18 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(policy.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     elif (needed := 12 * sum(p.numel() for p in policy.model.parameters())) > shutil.disk_usage(out).free:
-        sys.exit(f"error: a checkpoint takes {needed / 1e9:.2g} GB, --output_dir {out} has less room; make some" if lead else 1)
+        raise ValueError(f"a checkpoint takes {needed / 1e9:.2g} GB, --output_dir {out} has less room; make some")
     if lead:
         write_whole(out / "config.json", json.dumps({"ranks": dist.get_world_size(), **asdict(config)}, indent=1) + "\n")
+        (out / "rollouts").mkdir(exist_ok=True)
+    return policy, reference, optimizer, first
+
+
+def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool, policy: Policy,
+         reference: Policy | None, optimizer: torch.optim.Optimizer, first: int) -> None:
+    """The whole run, from the first step to the export, on what `prepare` and `load` returned."""
+    begin = time.perf_counter()
+    out, lead = Path(config.output_dir), dist.get_rank() == 0
     print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {describe(tasks)}, {len(held_out)} held "
         f"out, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts; see {out}")
     rows = read_json_lines(out / "metrics.jsonl")
@@ -510,9 +531,12 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                 + [f"{skipped} steps in a row had a loss or gradient that is not finite"] * (skipped >= config.max_skipped))
 
     def stop(where: str, why: str) -> None:
+        said = f"stopped {where}: {why}; --resume goes on"
+        if "not finite" in why:
+            raise FloatingPointError(said)  # a failure is what torchrun --max-restarts starts again
         if lead:
-            print(f"stopped {where}: {why}; --resume goes on", file=sys.stderr)
-        sys.exit(1 if "not finite" in why else 0)  # a failure is what torchrun --max-restarts starts again
+            print(said, file=sys.stderr)
+        sys.exit(0)
     with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code_tool:
         tools = Tools(code_tool, search)
         if first == 0 or config.eval_every and first % config.eval_every == 0:  # unless its row is there
@@ -572,20 +596,21 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
 
 
 if __name__ == "__main__":
-    try:
-        [arguments] = HfArgumentParser(Config, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(
-            look_for_args_file=False)
-        arguments.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
-        prepared = prepare(arguments)
-    except (OSError, ValueError) as error:  # what a user can mend; whatever is raised later keeps its traceback
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        record(main)(arguments, *prepared)  # torchrun's last words are the error of the rank that failed first
+        flags = parse_flags(Config, __doc__.splitlines()[0])
+        flags.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+        with nothing_left(Path(flags.output_dir)):
+            tasks, held_out, search = prepare(flags)
+            begun = tasks, held_out, search, *load(flags, tasks, held_out)
+    except (OSError, ValueError) as error:  # what a user can mend; whatever is raised later keeps its traceback
+        sys.exit(fail(error))
+    try:
+        record(main)(flags, *begun)  # torchrun's last words are the error of the rank that failed first
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
     except (OSError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        free, out = shutil.disk_usage(arguments.output_dir).free / 1e9, arguments.output_dir
+        free, out = shutil.disk_usage(flags.output_dir).free / 1e9, flags.output_dir
         sys.exit(f"error: {cause}; {out} ({free:.2f} GB free) keeps what is whole: make room or mend it, --resume goes on")

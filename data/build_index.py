@@ -2,8 +2,8 @@
 
     python data/build_index.py CORPUS.jsonl -o INDEX.sqlite        then: train.py --corpus sqlite:INDEX.sqlite
 
-CORPUS has a row {"id", "contents"} a line, as the corpora of FlashRAG and Search-R1: the first line of `contents` is its title,
-unless the row has a "title" of its own, which is searched but not shown; with a "text" instead of "contents" it is shown too.
+CORPUS has a row {"id", "contents"} a line, as the corpora of FlashRAG and Search-R1, or one of the other forms that
+`read_document` in tools.py takes, such as {"title", "text"}.
 INDEX is one SQLite file for open_sqlite in tools.py: the passages, compressed; FTS5's index of their words, without a copy of
 the text; how many passages have each common word. It is written beside and renamed: what has its final name is whole. Left out:
 stemming and stop words.
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import segment, with_title  # noqa: E402
+from tools import read_document, segment  # noqa: E402
 
 COMMON = 1_000  # words in more passages than this are counted
 
@@ -37,22 +37,11 @@ def read_corpus(path: str | Path, bar: tqdm | None = None) -> Iterator[tuple[str
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
-                title, text = row.get("title"), row.get("contents", row.get("text"))
-                if not isinstance(title, str | None) or not isinstance(text, str) or not text.strip():
-                    raise ValueError('needs a text under "contents" or "text"; "title" is a text too, if given')
-                f"{title}{text}".encode()  # half a surrogate pair, which no database takes, is a UnicodeEncodeError here
+                document = read_document(json.loads(line))
+                "".join(document).encode()  # half a surrogate pair, which no database takes, is a UnicodeEncodeError here
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, row {number}: {error}") from error
-            if title is None:
-                shown = indexed = with_title(text.strip())
-            elif "contents" in row:
-                shown, indexed = text, f"{title} {text}"
-            else:
-                shown = indexed = f"{title}: {text}"
-            yield shown, indexed
+            yield document
 
 
 def _compress(text: str) -> bytes:

@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -118,13 +119,48 @@ def publish(beside: Path, final: Path) -> None:
     beside.rename(final)
 
 
-def take_folder(out: Path) -> None:
-    """Raise ValueError if the folder cannot be written, or another process is at it; the first rank's keeps it locked."""
+WRITTEN = {"config.json", "evaluations.jsonl", "items", "model", "predictions.json", "rollouts", "scores.json",
+           "summary.json", "usage.jsonl"}  # in an --output_dir, with what `holds` looks for and checkpoint-N
+
+
+def holds(folder: Path) -> str:
+    """What a run would find, and in part overwrite, there: "a training run", "an evaluation", "files of others" or ""."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
+        flags = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        flags = None
+    flags = flags if isinstance(flags, dict) else {}
+    for what, file, name in (("a training run", "metrics.jsonl", "prompts_per_step"),
+                             ("an evaluation", "items.jsonl", "benchmark")):
+        if file in names or name in flags:
+            return what
+    return "files of others" if names & WRITTEN or any(name.startswith("checkpoint-") for name in names) else ""
+
+
+@contextmanager
+def nothing_left(out: Path) -> Iterator[None]:
+    """If the block ends in an error, folders down to `out` that are new and empty are removed."""
+    missing = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that is not empty stays, and those above it
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+def take_folder(out: Path) -> None:
+    """Raise ValueError if the folder cannot be written, or another process is at it. The first rank makes it and keeps it
+    locked; the others look at what there is of it."""
+    try:
+        lead = os.environ.get("RANK", "0") == "0"
+        if lead:
+            out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())) as file:
             file.write(b"x" * 4096)
-        if os.environ.get("RANK", "0") == "0":
+        if lead:
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         why = "another process is at work there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"

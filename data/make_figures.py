@@ -32,6 +32,7 @@ def draw_curves(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int
     left, top, right, bottom = box
     series = [[row["success"] for row in read_rows(run / "metrics.jsonl")] for run in runs]
     steps = min(map(len, series))
+    middle = [median(there) if (there := [each[i] for each in series if each[i] is not None]) else None for i in range(steps)]
 
     def point(step: int, value: float) -> tuple[float, float]:
         return left + (right - left) * step / max(steps - 1, 1), bottom - (bottom - top) * value
@@ -42,10 +43,8 @@ def draw_curves(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int
         draw.text((left - 8, y), f"{percent} %", fill=GREY, font=font(15), anchor="rm")
     for step in range(0, steps, 10):
         draw.text((point(step, 0)[0], bottom + 8), str(step + 1), fill=GREY, font=font(15), anchor="mt")
-    for run, values, colour in zip(runs, series, COLOURS):
-        draw.line([point(i, v) for i, v in enumerate(values[:steps])], fill=colour, width=2)
-    middle = [median(values[i] for values in series) for i in range(steps)]
-    draw.line([point(i, v) for i, v in enumerate(middle)], fill=INK, width=4, joint="curve")
+    for values, colour, width in [*zip(series, COLOURS, [2] * len(runs)), (middle, INK, 4)]:  # a step may have no value
+        draw.line([point(i, v) for i, v in enumerate(values[:steps]) if v is not None], fill=colour, width=width, joint="curve")
     draw.text((left, top - 56), "success of the sampled rollouts, by step", fill=INK, font=font(18))
     for i, (run, colour) in enumerate(zip([*[run.name for run in runs], "median"], [*COLOURS[:len(runs)], INK])):
         draw.text((right - 90, bottom - 26 * (len(runs) + 1 - i)), run, fill=colour, font=font(16))

@@ -10,11 +10,9 @@ from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from data.files import parse_json, write_whole
+from tools import open_picture
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of all Pillow reads: none that starts a program
 IMAGE_SIDE = 320  # pixels, at most, of an image in the page
 
 
@@ -88,13 +86,12 @@ def _own_image(run, folder, name):
 
 
 def _embed(images, path):
-    """The place in `images` of the picture at a path, as (data URI, width, height as it was); -1 if there is none to see."""
+    """The place in `images` of the picture at a path, as (data URI, width, height as the model's); -1 if there is none."""
     try:
         if path is None or not path.is_file():  # reading a pipe would not end
             return -1
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        picture = open_picture(path)
+    except (OSError, ValueError):
         return -1
     size, uris = picture.size, []
     picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))

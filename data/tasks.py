@@ -10,10 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from data.files import each_row, read_rows, row_id, shown
-from tools import parse_action
+from tools import MAX_ASPECT, open_picture, parse_action
 
 Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle", "offline"]
 SIMPLE_FIRST = {"mat-coding": (70, 200), "mat-search": (75, 150)}  # the first n of N are simple
@@ -164,10 +162,11 @@ def _find_image(row: dict, kinds: list[str], folders: list[Path]) -> str | None:
 
 
 def _check_image(path):
-    """Read an image to its end: a damaged one must not stop a run after hours."""
+    """Read an image as the run will: one that code or model cannot use must not stop it after hours."""
     try:
-        with Image.open(path) as image:
-            image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size, still to its end
-            image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read ({error}); replace it or remove the row") from None
+        width, height = open_picture(path).size
+    except ValueError as error:
+        raise ValueError(f"{error}; replace it or remove the row") from None
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"image {path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other, which "
+                         "no model reads; crop or pad it, or remove the row")

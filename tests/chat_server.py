@@ -27,7 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 30.0  # seconds after which a slow or endless fault ends by itself, for the case that nobody hangs up
@@ -134,12 +134,15 @@ class ChatServer(Loopback):
 
     faults  a plan: {name in FAULTS or FOR_GOOD: probability}, drawn anew for each try of a request, by its content and the
             seed alone, so that the order in which threads ask does not matter; or a list, a name, a fault of one's own or
-            None (none) for one request after the other, and none after its end
+            None (none) for one request after the other, and none after its end; or a function of the messages that
+            returns one of these
     seen    the requests, in order; `failed` counts the faults by name
     """
-    def __init__(self, reply: Callable[[list[dict]], str | dict], faults: dict | list = (), *, seed: int = 0, port: int = 0):
+    def __init__(self, reply: Callable[[list[dict]], str | dict], faults: dict | list | Callable = (), *,
+                 seed: int = 0, port: int = 0):
         super().__init__(port)
-        self.reply, self.faults, self.seed = reply, faults if isinstance(faults, dict) else list(faults), seed
+        self.reply, self.seed = reply, seed
+        self.faults = faults if isinstance(faults, dict) or callable(faults) else list(faults)
         self.failed = Counter()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self._tries, self._lock = Counter(), threading.Lock()
@@ -148,7 +151,7 @@ class ChatServer(Loopback):
         body, headers = json.loads(raw), {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
             self.seen.append(Request(handler.path, headers, body, time.monotonic()))
-            fault = self._draw(hashlib.sha256(raw).hexdigest())
+            fault = self.faults(body["messages"]) if callable(self.faults) else self._draw(hashlib.sha256(raw).hexdigest())
             self.failed.update([fault] if fault else [])
         if handler.path != "/v1/chat/completions":
             return send(handler, {"error": {"message": f"no such path: {handler.path}"}}, 404)
@@ -187,9 +190,10 @@ def stand_in(path: str | Path) -> Callable[[list[dict]], str]:
     """reply(messages) that calls a tool once, then gives the gold answer of a task of the file; None of them: "unknown"."""
     sys.path.insert(0, str(ROOT))
     from data.tasks import load_tasks
+    from tools import open_picture
     known: dict[str | None, list[dict]] = {}
     for task in load_tasks(path):
-        picture = task["image"] and ImageOps.exif_transpose(Image.open(task["image"]))
+        picture = task["image"] and open_picture(task["image"])
         known.setdefault(_digest(picture), []).append(task)
 
     def reply(messages):

@@ -2,9 +2,11 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -27,22 +29,50 @@ CLEAN.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.check
                               "transformers.models.auto.tokenization_auto"])
 
 
+def pytest_configure(config):
+    """`-m thorough` runs what is long and rarely fails; without -m it is left out, unless a test is named by its id."""
+    config.addinivalue_line("markers", "thorough: long and rarely fails; left out unless -m asks for it")
+    if not config.option.markexpr and not any("::" in argument for argument in config.args):
+        config.option.markexpr = "not thorough"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_processes():
+    """The process that the others are forked from imports the packages while the first tests run."""
+    forkserver.ensure_running()
+
+
+def start_script(script: str, *args, output: Path, errors: Path | None = None, **environment: str) -> multiprocessing.Process:
+    """`python script *args` under way as a process of its own, on one thread; its errors go to the output or a file of their
+    own. It is forked from one that has done nothing but import packages, which saves seconds each time."""
+    process = CLEAN.Process(target=_run_script, args=(script, list(map(str, args)), environment, output, errors or output))
+    process.start()
+    return process
+
+
 def run_script(script: str, *args, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """`python script *args` as a process of its own, on one thread. It is forked from one that has done nothing but import
-    packages, which saves seconds each time."""
+    """`python script *args` to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        process = CLEAN.Process(target=_run_script, args=(script, list(map(str, args)), environment, folder))
-        process.start()
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = start_script(script, *args, output=files[0], errors=files[1], **environment)
         process.join(timeout)
         process.kill()
         assert process.exitcode is not None, f"{script} ran longer than {timeout} s"
-        stdout, stderr = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        stdout, stderr = (file.read_text(encoding="utf-8") for file in files)
     return subprocess.CompletedProcess([script, *args], process.exitcode, stdout, stderr)
 
 
-def _run_script(script, args, environment, folder):
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+def environments_of_ranks(size: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its ranks, which then find each other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port)} for rank in range(size)]
+
+
+def _run_script(script, args, environment, output, errors):
+    for file, number in ((output, 1), (errors, 2)):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(ROOT)
     os.environ.update({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count()), **environment})

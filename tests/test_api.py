@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 from chat_server import FAULTS, QUICK, ChatServer, completion, parts, refuse, send, stand_in
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 import tools
 from data.tasks import load_tasks
-from evaluate import ApiFailed, ApiRefused, ChatModel, chat_messages, read_prices
+from evaluate import PROBE, ApiFailed, ApiRefused, ChatModel, chat_messages, read_prices, with_thought
 from model import encode_text
+from reward import turn_is_valid
 from rollout import PROMPTS, Limits, Rollout, Tools, Turn, roll_out
 from tools import Action, CodeTool, SearchTool, ToolResult
 
@@ -46,6 +47,15 @@ def ask(faults=(), reply=ANSWER, rollout=QUESTION, **options):
             return chat.reply(rollout), chat, server
         except (ApiFailed, ApiRefused) as error:
             return error, chat, server
+
+
+def for_items(fault):
+    """A fault of all prompts but the probe."""
+    return lambda messages: None if messages == PROBE else fault
+
+
+def always(fault):
+    return lambda messages: fault
 
 
 # ---- what is sent --------------------------------------------------------------------------------------------------
@@ -136,6 +146,83 @@ def test_a_reply_is_its_text_and_whether_it_is_whole(body, expected):
     assert ask(reply=body)[0] == expected
 
 
+A = "<think>t</think><answer>Rome</answer>"
+
+
+def words(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize("message, reason, expected", [
+    # the thought apart, as servers with a reasoning parser send it: stripped, or as the model wrote it
+    ({"content": "<answer> C </answer>", "reasoning_content": "I see."}, "stop",
+     "<think> I see. </think>\n<answer> C </answer>"),
+    ({"content": "<answer> C </answer>", "reasoning": "I see."}, "stop", "<think> I see. </think>\n<answer> C </answer>"),
+    ({"content": " <answer> C </answer>", "reasoning": "\nI see.\n"}, "stop", "<think>\nI see.\n</think> <answer> C </answer>"),
+    ({"content": "<answer> C </answer>", "reasoning": "<think>I see.</think>"}, "stop",
+     "<think> I see. </think>\n<answer> C </answer>"),
+    # both names, or in the content too: once
+    ({"content": "<answer> C </answer>", "reasoning_content": "a", "reasoning": "a"}, "stop",
+     "<think> a </think>\n<answer> C </answer>"),
+    ({"content": A, "reasoning_content": "t"}, "stop", A), ({"content": A, "reasoning": "<think>t</think>"}, "stop", A),
+    ({"content": "<answer>t</answer>", "reasoning": "t"}, "stop", "<think> t </think>\n<answer>t</answer>"),
+    # all of it taken for a thought
+    ({"content": None, "reasoning_content": A}, "stop", A), ({"content": "", "reasoning": A}, "stop", A),
+    ({"reasoning": "<answer>Rome</answer>"}, "stop", "<answer>Rome</answer>"),
+    # nothing apart
+    ({"content": A, "reasoning_content": None}, "stop", A), ({"content": A, "reasoning": " "}, "stop", A),
+    ({"content": A, "reasoning": {"effort": "low"}}, "stop", A), ({"content": A, "reasoning_content": 7}, "stop", A),
+    # parts
+    ({"content": [words(A)]}, "stop", A), ({"content": [words("<think>t</think>"), words("<answer>Rome</answer>")]}, "stop", A),
+    ({"content": [{"type": "output_text", "text": A, "annotations": []}]}, "stop", A), ({"content": [{"text": A}]}, "stop", A),
+    ({"content": [{"type": "thinking", "thinking": [words("t")]}, words("<answer>Rome</answer>")]}, "stop",
+     "<think> t </think>\n<answer>Rome</answer>"),
+    ({"content": [{"type": "thinking", "thinking": "t", "signature": "x"}, words("<answer>Rome</answer>")]}, "stop",
+     "<think> t </think>\n<answer>Rome</answer>"),
+    ({"content": [{"type": "reasoning", "text": "t"}, {"type": "redacted_thinking", "data": "x"},
+                  {"type": "image_url", "image_url": {"url": "x"}}, words("<answer>Rome</answer>")]}, "stop",
+     "<think> t </think>\n<answer>Rome</answer>"),
+    # cut off
+    ({"content": None, "reasoning_content": "I see"}, "length", "<think> I see"),
+    ({"content": "<answer> C", "reasoning": "I see."}, "length", "<think> I see. </think>\n<answer> C")])
+def test_a_thought_that_the_server_split_off_is_put_back(message, reason, expected):
+    reply, chat, _ = ask(reply={"choices": [{"message": {"role": "assistant", **message}, "finish_reason": reason}]})
+    assert reply == (expected, reason != "length") and chat.usage["empty"] == 0
+
+
+@pytest.mark.parametrize("turn", CHAIN)
+@pytest.mark.parametrize("strip", [True, False])
+def test_a_turn_that_is_split_and_put_together_is_the_same(turn, strip):
+    """Of servers that strip, as far as what stands around the tags is what our models write."""
+    turn = turn.replace("</think> ", "</think>\n")
+    thought, _, action = turn.removeprefix("<think>").partition("</think>")
+    thought, action = (thought.strip(), action.strip()) if strip else (thought, action)
+    assert with_thought(thought, action, True) == turn and turn_is_valid(turn)
+
+
+@pytest.mark.parametrize("message, reason", [
+    ({"content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "search", "arguments": "{}"}}]},
+     "tool_calls"),
+    ({"content": None, "refusal": "I cannot."}, "stop"), ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, "stop"),
+    ({"content": None}, "content_filter"), ({"content": " \n"}, "stop"), ({"content": []}, "stop"), ({}, None),
+    ({"content": None, "reasoning_content": "I may not."}, "stop")])
+def test_a_reply_without_a_text_is_an_invalid_turn_that_is_counted_and_said_once(capfd, message, reason):
+    body = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": reason}]}
+    with ChatServer(lambda messages: body) as server:
+        chat = ChatModel(server.url, "any")
+        chat.check()  # the probe is no turn
+        replies = [chat.reply(QUESTION) for _ in range(3)]
+    assert all(whole and tools.parse_action(text).kind == "invalid" for text, whole in replies)
+    assert chat.usage["empty"] == 3 and chat.usage["requests"] == 4
+    assert capfd.readouterr().err == (f"{server.url}: a reply without a text (finish_reason {reason}) counts as an invalid "
+                                      "turn; `empty` in usage.jsonl counts them\n")
+
+
+@pytest.mark.parametrize("status", [200, 201])
+def test_a_created_reply_is_a_reply(status):
+    assert ask(always(lambda handler, good: send(handler, good, status)))[0] == (ANSWER, True)
+
+
 @pytest.mark.parametrize("usage, expected", [
     ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}, (7, 5, 0, 0, 0)),
     ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2},
@@ -150,7 +237,7 @@ def test_tokens_are_counted_where_the_endpoint_counts_them(usage, expected):
     reply, chat, _ = ask(reply={**completion("C"), "usage": usage})
     assert reply == ("C", True)
     names = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "uncounted")
-    assert chat.usage == {"requests": 1, "retries": 0, **dict(zip(names, expected, strict=True))}
+    assert chat.usage == {"requests": 1, "retries": 0, "empty": 0, **dict(zip(names, expected, strict=True))}
 
 
 def test_what_it_costs():
@@ -171,10 +258,13 @@ SLOW = {"hang", "drip", "drip_head"}
 KINDS = {"reset": "unreachable", "closed": "unreachable", "cut": "bad_reply", "garbage": "bad_reply", "no_choices": "bad_reply",
          "other_shape": "bad_reply", "huge": "bad_reply", **dict.fromkeys(SLOW, "timeout"),
          **{name: name for name in FAULTS if name.startswith("http_")}}
-SHAPES = [b"", b"[" * 60_000, b"1" * 60_000, *(json.dumps(shape).encode() for shape in (
+SHAPES = [b"", b"data: {}\n\ndata: [DONE]\n\n", b"[" * 60_000, b"1" * 60_000, *(json.dumps(shape).encode() for shape in (
     None, 7, "text", [], {}, {"choices": None}, {"choices": {}}, {"choices": [None]}, {"choices": [{}]},
     {"choices": [{"message": None}]}, {"choices": [{"message": {"content": 7}}]},
-    {"choices": [{"message": {"content": ["a"]}}]}))]
+    {"choices": [{"message": {"content": ["a"]}}]}, {"choices": [{"message": {"content": [{"text": 7}]}}]},
+    {"choices": [{"message": {"content": {}}}]}, {"error": {"message": "engine dead", "code": 500}},
+    {"error": {"message": "slow down", "code": 429}}, {"error": {"message": "no", "code": "rate_limit"}}, {"error": "no"},
+    {"choices": [{"message": {"content": "C"}, "finish_reason": "error"}]}))]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -186,8 +276,9 @@ def test_what_may_pass_is_asked_again(name):
     assert len(server.seen) == chat.usage["requests"] == chat.usage["retries"] + 1
     assert chat.usage["retries"] == num_faults or name in SLOW  # on a busy machine the reply may be late, too
     assert all(request.body == server.seen[0].body for request in server.seen)
-    failure, chat, _ = ask([name], **options, backoff=10.0)
-    assert isinstance(failure, ApiFailed) and str(failure) == KINDS[name] and chat.usage["requests"] == 1
+    failure, chat, server = ask([name], **options, backoff=10.0)
+    assert isinstance(failure, ApiFailed) and str(failure) == KINDS[name] and chat.usage["retries"] == 0
+    assert [request.body["messages"] == PROBE for request in server.seen] == [False, True]
 
 
 @pytest.mark.parametrize("body", SHAPES, ids=lambda body: repr(body[:30]))
@@ -202,8 +293,11 @@ def test_json_of_another_shape_is_a_bad_reply(body):
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_a_slow_server_is_left_at_the_deadline(name):
     start = time.monotonic()
-    failure, chat, _ = ask([name], timeout=60.0, patience=0.3)
-    assert str(failure) == "timeout" and 0.3 <= time.monotonic() - start < 0.3 + SLACK and chat.usage["requests"] == 1
+    failure, chat, _ = ask(always(name), timeout=60.0, patience=0.5)
+    assert isinstance(failure, ApiRefused) and "gives no reply: timeout" in str(failure)
+    assert 0.5 <= time.monotonic() - start < 0.5 + SLACK and chat.usage["requests"] == 2
+    failure, _, _ = ask(for_items(name), timeout=60.0, patience=0.5)
+    assert isinstance(failure, ApiFailed) and str(failure) == "timeout"  # it has left time for the probe
 
 
 def test_no_more_is_read_of_a_body_than_its_limit(monkeypatch):
@@ -224,7 +318,7 @@ def test_no_server_is_unreachable(capfd):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     chat = ChatModel(url, "any", patience=0.5, backoff=0.3)
     for _ in range(2):
-        with pytest.raises(ApiFailed, match="^unreachable$"):
+        with pytest.raises(ApiRefused, match=r"gives no reply: unreachable \(\[Errno 111\] Connection refused\); check --api"):
             chat.reply(QUESTION)
     assert capfd.readouterr().err == (f"{url}: unreachable ([Errno 111] Connection refused); asks again, "
                                       "for up to 0.5 s a reply\n")  # once
@@ -267,35 +361,86 @@ def test_a_wait_that_is_past_or_unreadable_is_our_own(wait):
 @pytest.mark.parametrize("wait", ["3600", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
 def test_nobody_waits_past_the_patience(wait):
     start = time.monotonic()
-    failure, _, server = ask([refuse(429, Retry_After=wait)])
-    assert isinstance(failure, ApiFailed) and str(failure) == "http_429"
-    assert time.monotonic() - start < SLACK and len(server.seen) == 1
+    failure, _, server = ask(always(refuse(429, Retry_After=wait)))
+    assert isinstance(failure, ApiRefused) and "gives no reply: http_429 (Try again later.)" in str(failure)
+    assert time.monotonic() - start < SLACK and len(server.seen) == 2  # the second is the probe
 
 
 # ---- errors that stay ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("body, message", [
     ({"error": {"message": "too long", "code": 1}}, "too long"), ({"object": "error", "message": "too long"}, "too long"),
-    ({"detail": "too long"}, '{"detail": "too long"}'), ({"error": "too long"}, '{"error": "too long"}'),
+    ({"detail": "too long"}, "too long"), ({"error": "too long"}, "too long"),
+    ([{"error": {"message": "too long"}}], "too long"),
+    ({"detail": [{"msg": "too long"}]}, '{"detail": [{"msg": "too long"}]}'), ([], "[]"),
     ({"error": {"message": 7}}, "7"), ([7], "[7]"), (b"<b>too</b>\n long", "<b>too</b> long"),
     (b"a\x1b[31m\x00\xff\r\nb", "a [31m \ufffd b"), ({"error": {"message": "x" * 9000}}, None),
     (b"[" * 9000, None), (b"", None)])
-@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
 def test_what_a_request_did_wrong_is_said_in_the_words_of_the_server(status, body, message):
-    failure, chat, _ = ask([lambda handler, good: send(handler, body, status)])
-    assert isinstance(failure, ApiFailed) and chat.usage["requests"] == 1
+    failure, chat, _ = ask(for_items(lambda handler, good: send(handler, body, status)))
+    assert isinstance(failure, ApiFailed) and chat.usage["requests"] == 2 and chat.unanswered == 0
     if message is not None:
         assert str(failure) == f"http_{status}: {message}"
     assert str(failure).startswith(f"http_{status}") and str(failure).isprintable() and len(str(failure)) <= 310
 
 
-@pytest.mark.parametrize("status, message", [(401, "Incorrect API key"), (402, "No credit"), (403, "Not from here"),
-                                             (404, "No such model"), (429, "insufficient_quota: no credit left")])
+@pytest.mark.parametrize("status, message", [
+    (400, "Invalid model name passed in model=any"), (401, "Incorrect API key"), (402, "No credit"), (403, "Not from here"),
+    (404, "No such model"), (413, "Too large"), (422, "No such field"), (429, "insufficient_quota: no credit left")])
 def test_what_would_fail_every_item_is_refused_at_once(status, message):
-    failure, chat, server = ask([refuse(status, message)])
-    assert isinstance(failure, ApiRefused) and chat.usage["requests"] == 1
-    assert str(failure) == (f"{server.url} answers http_{status} for model any ({message}); check --api (it ends in /v1 as a "
-                            "rule), --model and OPENAI_API_KEY")
+    failure, chat, server = ask(always(refuse(status, message)))
+    assert isinstance(failure, ApiRefused) and chat.usage["requests"] == 2
+    with ChatServer(lambda messages: ANSWER, always(refuse(status, message))) as server:  # and the probe alone finds it
+        with pytest.raises(ApiRefused) as failure:
+            ChatModel(server.url, "any").check()
+    assert str(failure.value) == (f"{server.url} answers http_{status} for model any ({message}); check --api "
+                                  "(it ends in /v1 as a rule), --model and OPENAI_API_KEY")
+
+
+def test_an_error_in_a_reply_of_status_200_is_that_error():
+    """As OpenRouter sends it."""
+    def flagged(handler, good):
+        send(handler, {"error": {"code": 403, "message": "flagged", "metadata": {}}})
+    failure, chat, _ = ask(for_items(flagged))
+    assert isinstance(failure, ApiFailed) and str(failure) == "http_403: flagged" and chat.usage["requests"] == 2
+    assert "answers http_403 for model any (flagged)" in str(ask(always(flagged))[0])
+
+
+def test_the_probe_has_the_parameters_of_a_turn_and_learns_which_are_refused():
+    with ChatServer(lambda messages: ANSWER, [refuse(400, NO_MAX_TOKENS)]) as server:
+        chat = ChatModel(server.url, "o3", max_new_tokens=99)
+        chat.check()
+    assert [request.body for request in server.seen] == [
+        {"model": "o3", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 99, "temperature": 0.0},
+        {"model": "o3", "messages": [{"role": "user", "content": "Say hello."}], "max_completion_tokens": 99,
+         "temperature": 0.0}]
+
+
+@pytest.mark.parametrize("name", ["http_500", "http_429", "closed", "garbage", "no_choices", "hang"])
+def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(name):
+    start = time.monotonic()
+    options = {"patience": 0.5, "timeout": 0.15, "backoff": 0.05}
+    failure, chat, _ = ask(for_items(name), **options)
+    assert isinstance(failure, ApiFailed) and str(failure) == KINDS.get(name, "timeout") and chat.unanswered == 1
+    failure, chat, _ = ask(always(name), **options)
+    assert isinstance(failure, ApiRefused) and f"gives no reply: {KINDS.get(name, 'timeout')} (" in str(failure)
+    assert time.monotonic() - start < 2 * 0.5 + SLACK
+
+
+def test_an_answered_item_ends_a_row_of_unanswered_ones():
+    def faults(messages):
+        return "http_500" if messages[0]["content"] == "bad" else None
+    with ChatServer(lambda messages: ANSWER, faults) as server:
+        chat = ChatModel(server.url, "any", patience=0.2, backoff=0.05)
+        bad, counts = Rollout({"image": None}, [], [], [], opening="bad"), []
+        for rollout in (bad, bad, QUESTION, bad):
+            try:
+                chat.reply(rollout)
+            except ApiFailed:
+                pass
+            counts.append(chat.unanswered)
+    assert counts == [1, 2, 0, 1]
 
 
 def test_an_address_without_v1_is_refused():
@@ -319,6 +464,11 @@ def test_a_payload_that_is_refused_before_its_end_is_no_lost_connection(drain):
             while drain and client.recv(1 << 16):
                 pass
             time.sleep(0.1)
+            client.close()
+            client, _ = server.accept()  # the probe
+            good = json.dumps(completion("Hello.")).encode()
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(good), good))
+            client.recv(1000)
             client.close()
         thread = threading.Thread(target=refuse_early)
         thread.start()
@@ -367,8 +517,8 @@ def test_threads_learn_parameters_together():
     (NO_MAX_TOKENS + NO_TEMPERATURE, 2), ("'max_tokens' is too large: 99; this model has 64 tokens", 1),
     ("temperature must be at most 2", 1), ("images are not supported", 1)])
 def test_an_endpoint_that_refuses_for_ever_is_not_asked_for_ever(message, asked):
-    failure, chat, _ = ask([refuse(400, message)] * 9)
-    assert str(failure) == f"http_400: {message}" and chat.usage["requests"] == asked
+    failure, chat, _ = ask(for_items(refuse(400, message)))
+    assert str(failure) == f"http_400: {message}" and chat.usage["requests"] == asked + 1
 
 
 # ---- the key, the address ------------------------------------------------------------------------------------------
@@ -409,9 +559,9 @@ def test_a_placeholder_for_a_key_is_no_secret(monkeypatch):
 def test_a_redirect_is_refused_and_does_not_get_the_key(monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with ChatServer(lambda messages: ANSWER) as other:
-        failure, _, server = ask([refuse(status, "moved", Location=f"{other.url}/chat/completions")])
+        failure, _, server = ask(always(refuse(status, "moved", Location=f"{other.url}/chat/completions")))
         assert isinstance(failure, ApiRefused) and "check --api" in str(failure)
-        assert len(server.seen) == 1 and other.seen == []
+        assert len(server.seen) == 2 and other.seen == []
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000/v1", "ftp://a.example/v1", "http://", "http://a.example:port/v1",
@@ -464,7 +614,7 @@ def test_sixteen_threads_under_faults_lose_and_miscount_nothing():
     failed = server.failed.total()
     assert 100 < failed < 250 and len(server.failed) > 8
     assert chat.usage == {"requests": 400 + failed, "retries": failed, "prompt_tokens": 4000, "completion_tokens": 2000,
-                          "cached_tokens": 0, "reasoning_tokens": 0,
+                          "cached_tokens": 0, "reasoning_tokens": 0, "empty": 0,
                           "uncounted": server.failed["no_choices"] + server.failed["other_shape"]}
 
 
@@ -486,7 +636,7 @@ def test_the_server_as_a_command_knows_tasks_by_their_pixels():
             url = re.match(r"(http://127.0.0.1:\d+/v1), 30% of the requests fail", process.stdout.readline())[1]
             chat = ChatModel(url, "stand-in", backoff=0.01)
             for task in load_tasks(ROOT / "data" / "offline" / "heldout.json")[::25]:
-                picture = ImageOps.exif_transpose(Image.open(task["image"])).convert("RGB")
+                picture = tools.open_picture(task["image"])
                 opening = task["question"] + PROMPTS["full"][task["family"]]
                 rollout = Rollout(task, [], [], [], pictures=[picture], opening=opening)
                 text, _ = chat.reply(rollout)

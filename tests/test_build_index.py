@@ -78,6 +78,18 @@ def test_a_first_line_is_the_title_and_shown(title, tmp_path):
     assert ask(address, "oslo").text == ask(address, "capital").text == "1. Content: Oslo: It is the capital."
 
 
+@pytest.mark.parametrize("row, shown", [
+    ({"title": "Oslo", "contents": '"Oslo"\nIt is the capital.', "text": "It is the capital."}, "Oslo: It is the capital."),
+    ({"title": '"Oslo"', "text": "It is the capital."}, "Oslo: It is the capital."),
+    ({"title": "Oslo", "content": "It is the capital."}, "Oslo: It is the capital."),
+    ({"title": " ", "content": "Oslo is the capital."}, "Oslo is the capital."),
+    ({"contents": None, "text": "Oslo is the capital."}, "Oslo is the capital."),
+    ("Oslo\nIt is the capital.", "Oslo: It is the capital.")])
+def test_documents_of_other_corpora_are_read_as_those_of_a_server(row, shown, tmp_path):
+    address = indexed(tmp_path, [json.dumps(row)])
+    assert ask(address, "oslo").text == ask(address, "capital").text == f"1. Content: {shown}"
+
+
 def test_topk_limits_the_passages(address):
     assert [ask(address, "capital", topk).text.count("Content:") for topk in (1, 2, 3, 9)] == [1, 2, 3, 3]
 

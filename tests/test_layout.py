@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = ["tools", "reward", "grpo", "model", "rollout", "data", "evaluate", "train"]  # a file imports files before it
 SCRIPTS = [name for name in ORDER if name != "data"]  # the seven; `data` is the package beside them
 GROUND = {"tools", "reward", "grpo"}  # text, tensors, floats: none imports another
-PACKAGE = {"files": set(), "tasks": {"data", "tools"}, "report": {"data", "tools"}}  # of data/: what each may import of ours
+# Of data/: what each may import of ours.
+PACKAGE = {"files": set(), "flags": set(), "tasks": {"data", "tools"}, "report": {"data", "tools"}}
 FORBIDDEN = {("rollout", "reward"), ("tools", "torch")}  # (importer, imported), beyond the order
 TOKENS = 33_000  # of code in the seven files: what there is to read, however it is broken into lines
 PACKAGES = {"torch", "transformers", "PIL", "requests", "numpy", "pytest", "tokenizers", "safetensors", "tqdm"}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from PIL import Image
 
 from data.tasks import load_tasks
@@ -42,7 +43,7 @@ def change(path, edit):
 
 
 def prepare(*args):
-    return subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, args)], capture_output=True, text=True)
+    return run_script("data/prepare.py", *args)
 
 
 # ---------------------------------------------------------------- layouts
@@ -205,7 +206,7 @@ def test_prepared_questions_without_an_image_are_played(tmp_path):
 # ---------------------------------------------------------------- command line
 
 def test_without_arguments_it_says_what_to_download():
-    done = prepare()
+    done = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py")], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, table())
     for name, source in SOURCES.items():
         line, = re.findall(rf"^{name} .*$", done.stdout, re.MULTILINE)

@@ -1,20 +1,16 @@
 """model.py and train.py over ranks: two processes do what one does. Real ones, on the CPU, talking by gloo."""
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
+from conftest import environments_of_ranks, start_script
 from safetensors.torch import load_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from make_model import make_model
 from model import load_policy
 
-WORKER = Path(__file__).parent / "ranks_worker.py"
 TIMEOUT = 150  # seconds; the ranks themselves give up after a minute without an answer
 
 
@@ -30,23 +26,18 @@ def reference_folder(tmp_path_factory, policy):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, model_folder, reference_folder):
     """ranks(part, world_size, rank): what that rank wrote down. All parts run once, on one rank and on two."""
-    out = tmp_path_factory.mktemp("ranks")
-    logs = {}
-    for size in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}",
-                   str(WORKER), str(model_folder), str(reference_folder), str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        try:
-            logs[size] = process.communicate(timeout=TIMEOUT)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
-            logs[size] = f"no end after {TIMEOUT} s\n{process.communicate()[0]}"
+    out, end = tmp_path_factory.mktemp("ranks"), time.monotonic() + TIMEOUT
+    processes = [start_script("tests/ranks_worker.py", model_folder, reference_folder, out, output=out / f"log-{size}-{rank}",
+                              **environment) for size in (1, 2) for rank, environment in enumerate(environments_of_ranks(size))]
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
 
     def read(part, size, rank):
         path = out / f"{part}-{size}-{rank}.pt"
         if not path.exists():
-            pytest.fail(f"rank {rank} of {size} did not get as far as {part!r}:\n{logs[size][-6000:]}")
+            log = (out / f"log-{size}-{rank}").read_text()
+            pytest.fail(f"rank {rank} of {size} did not get as far as {part!r}:\n{log[-6000:]}")
         return torch.load(path)
     read.out = out
     return read

@@ -3,15 +3,18 @@ import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from multiprocessing import Process
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import torch.distributed.run as torchrun
+from conftest import start_script
 
 from data.files import append_json_line, read_json_lines, take_folder, write_whole
 from model import start_ranks
@@ -20,30 +23,34 @@ from train import Config, checkpoints, damaged_files, find_checkpoint, rollout_m
 ROOT = Path(__file__).parent.parent
 TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2, "group_size": 2,
         "max_turns": 2, "beta": 0, "code_timeout": 60}
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  # or busy machines crawl
 TIMINGS = re.compile(r"seconds|tokens_per_s")
 
 
-def start(out: Path, *flags: str, launcher: tuple[str, ...] = (), **settings) -> subprocess.Popen:
-    """train.py with small settings, its outputs joined; launcher: arguments of torchrun."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", *launcher) if launcher else ()
+def start(out: Path, *flags: str, launcher: tuple[str, ...] = (), **settings) -> Process:
+    """train.py with small settings, its output in log(out); launcher: arguments of torchrun."""
     arguments = [str(x) for name, value in {**TINY, "output_dir": out, **settings}.items() for x in (f"--{name}", value)]
-    return subprocess.Popen([sys.executable, *torchrun, "train.py", *arguments, *flags], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD)
+    command = [torchrun.__file__, "--standalone", *launcher] if launcher else []
+    log(out).write_bytes(b"")
+    return start_script(*command, "train.py", *arguments, *flags, output=log(out))
 
 
-def wait_for(process: subprocess.Popen, happened) -> None:
+def log(out: Path) -> Path:
+    return out.with_suffix(".log")
+
+
+def wait_for(process: Process, out: Path, happened) -> None:
     deadline = time.monotonic() + 200
     while not happened():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), log(out).read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
-def end(process: subprocess.Popen) -> tuple[int, str]:
+def end(process: Process, out: Path) -> tuple[int, str]:
     """(exit status, output)"""
-    output = process.communicate(timeout=240)[0]
-    return process.returncode, output
+    process.join(240)
+    assert process.exitcode is not None, log(out).read_text()
+    return process.exitcode, log(out).read_text()
 
 
 def left_by(out: Path) -> dict:
@@ -73,7 +80,7 @@ def flip_a_byte(path: Path) -> None:
 def alone(tmp_path_factory) -> Path:
     """Four steps in one go, with checkpoints after the second and the fourth."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    status, output = end(start(out))
+    status, output = end(start(out), out)
     assert status == 0, output
     return out
 
@@ -84,29 +91,29 @@ def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, t
     """SIGTERM in the first step; SIGKILL in mid-checkpoint, then in mid-export; a flipped byte in the last checkpoint."""
     out = tmp_path / "run"
     process = start(out)
-    wait_for(process, lambda: read_json_lines(out / "metrics.jsonl"))
-    process.send_signal(signal.SIGTERM)
-    status, output = end(process)
+    wait_for(process, out, lambda: read_json_lines(out / "metrics.jsonl"))
+    process.terminate()
+    status, output = end(process, out)
     assert status == 0 and re.search(r"stopped before step \d: SIGTERM; --resume goes on", output), output
     saved = checkpoints(out)[-1][0]
     assert saved == len(read_json_lines(out / "metrics.jsonl")) < 4  # nothing that was learnt is lost
 
     process = start(out, "--resume")
-    wait_for(process, lambda: list(out.glob("checkpoint-*.tmp")))
+    wait_for(process, out, lambda: list(out.glob("checkpoint-*.tmp")))
     process.kill()
-    end(process)
+    end(process, out)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "rew')
 
     process = start(out, "--resume")
-    wait_for(process, lambda: (out / "model.tmp").exists())
+    wait_for(process, out, lambda: (out / "model.tmp").exists())
     process.kill()
-    end(process)
+    end(process, out)
     assert not (out / "model").exists()
     [weights] = (out / "checkpoint-4").glob("*.distcp")
     flip_a_byte(weights)
 
-    status, output = end(start(out, "--resume"))
+    status, output = end(start(out, "--resume"), out)
     assert status == 0 and "checkpoint-4 is damaged: __0_0.distcp\nresumes from" in output, output
     assert (out / "checkpoint-4.damaged").is_dir()  # set aside, not deleted
     shutil.rmtree(out / "checkpoint-4.damaged")
@@ -155,7 +162,7 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(run_fol
     for _, folder in checkpoints(run_folder):
         flip_a_byte(folder / "config.json")
     before = left_by(run_folder)
-    with pytest.raises(SystemExit, match=r"no checkpoint in .*run is whole; bring one back"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .*run is whole; bring one back"):
         find_checkpoint(config(run_folder))
     assert left_by(run_folder) == before
 
@@ -165,7 +172,7 @@ def test_other_flags_are_said_aloud_and_another_model_is_refused(run_folder, one
     assert capsys.readouterr().out == f"resumes from {run_folder / 'checkpoint-4'}\n"
     find_checkpoint(config(run_folder, lr=0.5, steps=9))
     assert "; changed, so it may be no replay: lr 0.00015 -> 0.5, steps 4 -> 9\n" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="is a run of --model data/model, where its KL starts"):
+    with pytest.raises(ValueError, match="is a run of --model data/model, where its KL starts"):
         find_checkpoint(config(run_folder, model="other/model"))
 
 
@@ -183,14 +190,11 @@ def test_what_is_later_than_the_checkpoint_is_cut(run_folder, one_rank):
 
 def test_no_room_in_mid_checkpoint_ends_the_run_and_leaves_the_older_ones(run_folder):
     """A limit on the size of files stands for the full disk: the write fails just so, in the middle of a file."""
-    limited = ("import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20)); "
-               "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-    flags = {**TINY, "steps": 5, "output_dir": run_folder, "eval_tasks": ""}
-    done = subprocess.run([sys.executable, "-c", limited, "train.py", "--resume", *[str(x) for k, v in flags.items()
-                           for x in (f"--{k}", v)]], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | ONE_THREAD)
-    assert done.returncode == 1 and [step for step, _ in checkpoints(run_folder)] == [2, 4]
-    line = done.stderr.splitlines()[-1]
+    process = start(run_folder, "--resume", steps=5, eval_tasks="")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
+    status, output = end(process, run_folder)
+    assert status == 1 and [step for step, _ in checkpoints(run_folder)] == [2, 4], output
+    line = output.splitlines()[-1]
     assert re.fullmatch(rf"error: .*; {run_folder} \(.* GB free\) keeps what is whole: make room .*", line), line
     assert not {path.name for path in run_folder.iterdir()} & {"checkpoint-5"}
 
@@ -209,7 +213,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
+def ranks_of(process: Process) -> list[int]:
     """Process ids of the ranks that a torchrun has started, in their order."""
     table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     return sorted(int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == process.pid)
@@ -219,22 +223,22 @@ def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
     """Two ranks; one is killed: torchrun starts both again, which resume. A SIGTERM ends them; one rank goes on."""
     out = tmp_path / "run"
     process = start(out, launcher=("--nproc_per_node=2", "--max-restarts=1"), steps=400, save_every=1, eval_tasks="")
-    wait_for(process, lambda: checkpoints(out))
+    wait_for(process, out, lambda: checkpoints(out))
     first = ranks_of(process)
     os.kill(first[1], signal.SIGKILL)
     killed, steps = time.monotonic(), lambda: len(read_json_lines(out / "metrics.jsonl"))
-    wait_for(process, lambda: not set(first) & set(ranks_of(process)))
+    wait_for(process, out, lambda: not set(first) & set(ranks_of(process)))
     assert time.monotonic() - killed < 15
-    wait_for(process, lambda: len(ranks_of(process)) == 2)
+    wait_for(process, out, lambda: len(ranks_of(process)) == 2)
     reached = steps()
-    wait_for(process, lambda: steps() > reached + 1)
-    process.send_signal(signal.SIGTERM)
-    _, output = end(process)
+    wait_for(process, out, lambda: steps() > reached + 1)
+    process.terminate()
+    _, output = end(process, out)
     assert "failed (exitcode: -9) local_rank: 1" in output and "Connection" in output, output
     assert output.count("resumes from") == 1 and "stopped before step" in output, output
     step = checkpoints(out)[-1][0]
     assert step == steps()
-    status, output = end(start(out, "--resume", steps=step + 1, eval_tasks=""))
+    status, output = end(start(out, "--resume", steps=step + 1, eval_tasks=""), out)
     assert status == 0 and re.search("resumes from .*ranks 2 -> 1", output) and steps() == step + 1, output
 
 
@@ -243,7 +247,7 @@ def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path):
     """beta times a KL of 0 is not a number here, as 1e39 is infinite in float32."""
     out = tmp_path / "run"
-    status, output = end(start(out, beta="1e39", max_skipped=2, save_every=1, eval_tasks=""))
+    status, output = end(start(out, beta="1e39", max_skipped=2, save_every=1, eval_tasks=""), out)
     assert status == 1 and "stopped before step 3: 2 steps in a row had a loss or gradient that is not finite" in output, output
     assert output.count("SKIPPED") == 2
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -261,7 +265,7 @@ def row(action="answer", advantage=0.0):
 def test_a_collapsed_run_says_so_in_its_line(rows, note):
     rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds", "seconds_generate",
                           "seconds_tools", "seconds_score", "seconds_update", "tasks_failed"], 0)
-    line = step_line(rollout_metrics(rows) | rest, 4, 0.0)
+    line = step_line(rollout_metrics(rows, ["format"]) | rest, 4, 0.0)
     assert re.findall("COLLAPSED|NOTHING TO LEARN FROM", line) == [note] * bool(note)
 
 

@@ -152,9 +152,43 @@ def test_a_retrieval_server_is_asked_as_in_search_r1(serve):
     ({"result": [[{"contents": '"Owl"\nIt flies.'}]]}, "1. Content: Owl: It flies."),
     ({"result": [[{"id": "7", "contents": "Größe 猫"}]], "more": None}, "1. Content: Größe 猫"),
     (found("a", "b", "c", "d"), "1. Content: a 2. Content: b"),  # more than topk
+    *[({"result": [[document]]}, text) for document, text in {
+        "title and text": ({"title": "Owl", "text": "It flies."}, "1. Content: Owl: It flies."),
+        "title and content": ({"title": '"Owl"', "content": "It flies."}, "1. Content: Owl: It flies."),
+        "title and contents that begin with it": ({"title": "Owl", "contents": '"Owl"\nIt flies.', "text": "It flies."},
+                                                  "1. Content: Owl: It flies."),
+        "title and contents without it": ({"title": "Owl", "contents": "It flies.\nFar."}, "1. Content: It flies. Far."),
+        "no title": ({"title": None, "text": "It flies."}, "1. Content: It flies."),
+        "content": ({"content": "It flies."}, "1. Content: It flies."),
+        "contents that are null": ({"contents": None, "text": "It flies."}, "1. Content: It flies."),
+        "a bare text": ("Owl\nIt flies.", "1. Content: Owl: It flies."),
+        "a bare text with a score": ({"document": "It flies.", "score": 1}, "1. Content: It flies."),
+        "document and score in a list": ([{"contents": "It flies."}, 0.5], "1. Content: It flies.")}.values()],
 ])
 def test_documents_are_shown_with_their_titles(serve, reply, text):
     assert ask(serve(replies((200, reply, {}))).url, topk=2).text == text
+
+
+BAD = [None, 7, [], {}, "", " ", [None, 1.0], {"document": None}, {"contents": None}, {"contents": 1999}, {"contents": ["a"]},
+       {"text": ""}, {"title": 7, "text": "a"}, {"score": 1.0}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_a_bad_document_is_left_out_and_said(serve, bad):
+    """Alone: those behind it move up, also from beyond topk."""
+    url = serve(replies((200, {"result": [[{"contents": "a"}, bad, {"contents": "b"}, {"contents": "c"}]]}, {}))).url
+    with pytest.warns(UserWarning, match="documents without a text"):
+        assert ask(url, topk=2).text == "1. Content: a 2. Content: b"
+
+
+@pytest.mark.filterwarnings("ignore:the retrieval server")
+@pytest.mark.parametrize("documents", [*([bad] for bad in BAD), BAD], ids=repr)
+def test_nothing_but_bad_documents_is_a_bad_reply(serve, documents):
+    check_failed(ask(serve(replies((200, {"result": [documents]}, {}))).url), "bad_reply")
+
+
+def test_no_document_is_no_result(serve):
+    assert ask(serve(replies((200, {"result": [[]]}, {}))).url).error == "no_results"
 
 
 def test_half_a_character_is_no_text_for_a_tokenizer(serve):
@@ -289,9 +323,7 @@ FAULTS = {  # name: (answer, kind of the failure)
        for code in (204, 302, 307, 400, 401, 403, 404, 408, 429, 500, 502, 503)},
 }
 SHAPES = [None, 7, "text", [], {}, {"result": None}, {"result": 7}, {"result": []}, {"result": {}}, {"result": [None]},
-          {"result": [7]}, {"result": [["text"]]}, {"result": [[None]]}, {"result": [[{}]]}, {"result": [[{"document": None}]]},
-          {"result": [[{"document": {"id": 1}}]]}, {"result": [[{"contents": None}]]}, {"result": [[{"contents": 7}]]},
-          {"result": [[{"contents": ["a"]}]]}, {"error": "no index"}]
+          {"result": [7]}, {"result": ["text"]}, {"result": "text"}, {"result": [{}]}, {"error": "no index"}]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -429,7 +461,8 @@ def test_a_dead_server_costs_all_queries_together_a_bounded_time(serve, monkeypa
 
 # ---- many queries --------------------------------------------------------------------------------------------------
 
-def test_a_thousand_queries_with_faults(serve, monkeypatch, hasty):
+@pytest.mark.parametrize("number", [200, pytest.param(1000, marks=pytest.mark.thorough)])
+def test_a_thousand_queries_with_faults(serve, monkeypatch, hasty, number):
     """30 % of all requests fail in some way. Each result is that of the last request of its query."""
     monkeypatch.setattr(tools, "RETRY_SECONDS", 14.0)
     monkeypatch.setattr(tools, "MAX_BODY", 1 << 17)
@@ -445,14 +478,14 @@ def test_a_thousand_queries_with_faults(serve, monkeypatch, hasty):
             drawn[name] += 1
         (FAULTS[name][0] if name else about)(handler, request)
     server = serve(answer)
-    queries = [f"query {n}" for n in range(1000)]
+    queries = [f"query {n}" for n in range(number)]
     start = time.monotonic()
     results = SearchTool(server.url).search_many(queries)
     assert time.monotonic() - start < 15.0
     assert [result.error for result in results] == [last[query] and FAULTS[last[query]][1] for query in queries]
     good = [(query, result) for query, result in zip(queries, results) if result.ok]
     assert all(result.text == f"1. Content: This is about {query}." for query, result in good)
-    assert 800 < len(good) < 1000 and len(server.seen) == drawn.total() > 1100  # many were asked again
+    assert 0.8 < len(good) / number < 1 and len(server.seen) == drawn.total() > 1.1 * number  # many were asked again
     assert 0.25 < 1 - drawn[None] / drawn.total() < 0.35 and set(drawn) == {None, *FAULTS}
 
 
@@ -1139,9 +1172,9 @@ def test_a_slow_server_is_not_a_dead_one(serve, monkeypatch):
 
     def slow(handler, request):
         with turn:
-            time.sleep(0.1)
+            time.sleep(0.02)
         about(handler, request)
-    monkeypatch.setattr(tools, "RETRY_SECONDS", 1.5)
+    monkeypatch.setattr(tools, "RETRY_SECONDS", 0.3)
     results = SearchTool(serve(slow).url).search_many([f"query {n}" for n in range(40)])
     assert all(result.ok for result in results)
 

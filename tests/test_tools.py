@@ -32,6 +32,21 @@ def tool():
 
 
 # ---- actions
+CODE = "import cv2\nx = f(1)"
+FENCED = [
+    *[f"\n```{info}\n{CODE}\n```\n" for info in (
+        "Python", "PYTHON", "PYTHON3 ", " python", " Py", "python3.11", "tool_code", "{python}", "python {.numberLines}",
+        'python title="a.py"', "python {cmd=true}", "python:a.py", "python showLineNumbers", "python # turn it", "\npython")],
+    f"```python\n{CODE}\n```".replace("\n", "\r\n"), f"```python\n{CODE}\n```".replace("\n", "\r"),
+    f"python\n{CODE}", f"Python3 \r\n{CODE}", f"py\n\n{CODE}", f"python\n```\n{CODE}\n```",
+    f"~~~python\n{CODE}\n~~~", f"````md\n{CODE}\n````", f"```python\n{CODE}", f"{CODE}\n```", f"```python\n\n{CODE}\n\n```",
+    f"Here's the code (turned): ```python\n{CODE}\n```\nDone.", f"1. ```py\n{CODE}\n```", f"**Code** ```python\n{CODE}\n```",
+    f"Two:\n```python\n{CODE}\n```\nor\n```python\ny\n```",
+    f"```{CODE}\n```", f"```python {CODE}\n```", f"```Python\t{CODE}```"]  # the code begins on the line of the fence
+PLAIN = ["python = 3\nx", "pyx = 1", "import x\ny", "x\ny", "note = '```'\nx = 2", "# ```\nx = 1", "x = '''~~~'''\ny = 1",
+         "print(f'```python')\nx = 1"]
+
+
 @pytest.mark.parametrize("text, kind, content", [
     ("<think> look </think>\n<problem> {'rotation180'} </problem>", "problem", "{'rotation180'}"),
     ("<think>a</think><search>\n who \n</search>", "search", "who"),
@@ -43,6 +58,8 @@ def tool():
     ("<code>\n```\nx = 1\n```\n</code>", "code", "x = 1"),
     ("<code>Here it is:\n```python\nx = 1\n```\nDone.</code>", "code", "x = 1"),
     ("<code> x = 1 </code>", "code", "x = 1"),
+    *[(f"<code>{block}</code>", "code", CODE) for block in FENCED],
+    *[(f"<code>{code}</code>", "code", code) for code in PLAIN],
     ("<code>```python\nx = 1", "invalid", "<code>```python\nx = 1"),
     ("no tags at all", "invalid", "no tags at all"),
     ("", "invalid", ""),
@@ -57,12 +74,25 @@ def test_a_turn_has_one_action(text, kind, content):
     assert parse_action(text) == (kind, content)
 
 
-@pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<code>```", "</think>", "<code> ", "<", "```python\n "])
+@pytest.mark.parametrize("block, code", [
+    ("```python\nnote = '```'\nx = 2\n```", "note = '```'\nx = 2"), ("```\nx = 1  # ```\ny\n```", "x = 1  # ```\ny"),
+    ('````\nx = """\n```\n"""\n````', 'x = """\n```\n"""'), ("```python x = f(1)```", "x = f(1)"),
+    ("```import x; y()```", "import x; y()"),
+    ("```x=1\ny\n```", "x=1\ny"), ("```python\nx = 1```\nDone.", "x = 1"),
+    ("```python\n```", ""), ("```", "")])
+def test_fences_in_and_around_code(block, code):
+    assert parse_action(f"<code>{block}</code>").content == code
+
+
+@pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<code>```", "</think>", "<code> ", "<", "```python\n ", "```",
+                                   "~~~", ":~~~py ", ":```py ", " ", "\n", "\r", ": ", " ```x", "`", "python ",
+                                   "\n```py (", "~~~x\n"])
 def test_parsing_is_linear_on_hostile_text(piece):
     gc.freeze()  # what other tests have left in memory is not gone through again for every match
     started = time.process_time()
     parse_action(piece * (1_000_000 // len(piece)))
-    parse_action("<code>" + piece.replace("<", "") * (1_000_000 // len(piece)) + "</code>")
+    for start, end in (("", ""), ("", "\nx"), ("```\n", ""), ("```python ", "")):
+        parse_action(f"<code>{start}{piece.replace('<', '') * (1_000_000 // len(piece))}{end}</code>")
     spent = time.process_time() - started
     gc.unfreeze()
     assert spent < 1.0  # a search to the end from each of 143,000 tags takes 40
@@ -124,7 +154,7 @@ def test_opencv_works(tool, image):
 
 MODES = {"RGB": (10, 200, 30), "RGBA": (10, 200, 30, 128), "L": 77, "P": 5, "CMYK": (200, 100, 50, 0), "I;16": 0x8000,
          "I;16B": 0x8000}
-SHOWN = {"RGB": (10, 200, 30), "RGBA": (10, 200, 30), "P": (9, 8, 7), "L": (77,) * 3, "CMYK": (55, 155, 205),
+SHOWN = {"RGB": (10, 200, 30), "RGBA": (132, 227, 142), "P": (9, 8, 7), "L": (77,) * 3, "CMYK": (55, 155, 205),
          "I;16": (128,) * 3, "I;16B": (128,) * 3}
 
 
@@ -160,6 +190,12 @@ def test_the_paths_of_the_prompt_work_however_they_are_spelt(tool, image, spell)
     assert tool.run(code, image).image.tobytes() == image.tobytes()
 
 
+@pytest.fixture(scope="module")
+def two_starts():
+    with CodeTool(workers=1) as one, CodeTool(workers=1) as other:
+        yield one, other
+
+
 @pytest.mark.parametrize("code", [
     f"open({OUTPUT!r}, 'w').write('no image')",  # its message names the file
     "import io\nfrom PIL import Image\nImage.open(io.BytesIO(b'x'))",  # and this one an address
@@ -167,12 +203,9 @@ def test_the_paths_of_the_prompt_work_however_they_are_spelt(tool, image, spell)
     "raise ValueError({'cat', 'dog', 'owl', 'fox', 'cow'})",
     "import random\nraise ValueError(random.random())",
     "import numpy\nraise ValueError(numpy.random.normal())"])
-def test_the_same_call_has_the_same_result(image, code):
+def test_the_same_call_has_the_same_result(two_starts, image, code):
     """On any server of any start: a resumed run is a replay."""
-    texts = []
-    for _ in range(2):
-        with CodeTool(workers=1) as tool:
-            texts += [tool.run(code, image).text, tool.run(code, image).text]
+    texts = [tool.run(code, image).text for tool in two_starts for _ in range(2)]
     assert len(set(texts)) == 1 and "Error: " in texts[0]
 
 

@@ -3,18 +3,29 @@ import ast
 import json
 import os
 import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import torch
 from conftest import run_script
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from train import Config, learning_rate, prepare
+from data.files import holds, nothing_left, take_folder
+from data.tasks import load_tasks
+from reward import WEIGHTS
+from train import Config, learning_rate, prepare, rollout_metrics, step_line
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = re.compile(r"seconds|tokens_per_s")
@@ -71,8 +82,8 @@ def test_readme_defines_every_metric(whole_run):
     table = (ROOT / "README.md").read_text().split("## Metrics")[1].split("\n## ")[0]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     defined = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    logged = set(json.loads((whole_run / "metrics.jsonl").read_text().splitlines()[0]))
-    assert logged - defined == set() and defined - logged - {"reward_search", "reward_tools", "reward_problem"} == set()
+    steps = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [set(step) for step in steps] == [defined] * 4
 
 
 def test_step_mode_trains_on_single_actions(tmp_path):
@@ -85,6 +96,65 @@ def test_step_mode_trains_on_single_actions(tmp_path):
         assert set(r["reward_parts"]) == {"format", part_of[r["id"].rpartition("-")[2]]}
         assert r["reward"] == pytest.approx(sum(r["reward_parts"].values()))  # 1:1
     assert all("ok" not in turn for r in shown for turn in r["turns"])  # no tool runs
+    names = {"format", "accuracy", "search", "code", "problem"}  # one key for each, null where no row has it
+    assert {name for name in row if name.startswith("reward_")} == {f"reward_{name}" for name in names}
+    assert {name for name in names if row[f"reward_{name}"] is None} == names - {n for r in shown for n in r["reward_parts"]}
+
+
+def test_every_row_of_metrics_has_the_same_keys():
+    def row(parts, **rest):
+        return {"turns": [{"action": "answer"}], "stop": "answer", "advantage": 1.0, "reward": 1.0, "success": 1.0,
+                "reward_parts": parts} | rest
+    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds", "seconds_generate",
+                          "seconds_tools", "seconds_score", "seconds_update", "tasks_failed"], 0)
+    full, part, empty = steps = [rollout_metrics(rows, WEIGHTS) | rest for rows in (
+        [row(dict.fromkeys(WEIGHTS, 1.0)), row({"search": 0.0})], [row({"format": 0.5}, success=None), row({"format": 1.0})],
+        [row({}, turns=[], success=None)])]
+    assert full.keys() == part.keys() == empty.keys() and [s["reward_search"] for s in steps] == [0.5, None, None]
+    assert [s["success"] for s in steps] == [1.0, 1.0, None] and empty["valid_turns"] is None
+    lines = [step_line(s, 4, 0.0) for s in steps]
+    assert "(accuracy 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)  success 100%" in lines[0]
+    assert "reward 1.00 (format 0.75)  success 100%" in lines[1] and "reward 1.00 ()  kl 0.0000" in lines[2]
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_own_tasks_load_and_train(tmp_path):
+    section = README.split("## Tasks of your own")[1].split("\n## ")[0]
+    rows_of_readme = json.loads(section.split("```json\n")[1].split("```")[0])
+    command = shlex.split(section.split("```bash\n")[1].split("```")[0])
+    assert command[:3] == ["torchrun", "--nproc_per_node=2", "train.py"]
+    (tmp_path / "mine").mkdir()
+    for row in rows_of_readme:
+        if row["image_path"]:
+            Image.new("RGB", (56, 56), "navy").save(tmp_path / "mine" / row["image_path"])
+    path = tmp_path / "mine" / "tasks.json"
+    path.write_text(json.dumps(rows_of_readme))
+    tasks = load_tasks(path)
+    assert [task["family"] for task in tasks] == ["coding", "search", "search"]
+    assert [bool(task["image"]) for task in tasks] == [True, True, False]
+    keys = {name for row in rows_of_readme for name in row} | {"split"}
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == keys
+    flags = [str(path) if flag == "mine/tasks.json" else flag for flag in command[3:]]
+    assert str(path) in flags
+    for key in ("id", "type", "family"):  # not required
+        path.write_text(json.dumps([{name: value for name, value in row.items() if name != key} for row in rows_of_readme]))
+        assert len(load_tasks(path)) == 3
+    done = run_script("train.py", *flags, "--output_dir", tmp_path / "run", "--steps", 1, "--group_size", 2)
+    assert done.returncode == 0, done.stderr
+    assert {row["id"] for row in rows(tmp_path / "run" / "rollouts" / "step_1.jsonl")} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("package, environment", [("tensorboard", {}), ("wandb", {"WANDB_MODE": "offline"})])
+def test_the_readmes_lines_send_metrics_on(package, environment, tmp_path):
+    pytest.importorskip(package)
+    [code] = [block.split("```")[0] for block in README.split("```python\n")[1:] if package in block.split("```")[0]]
+    (tmp_path / "runs" / "default").mkdir(parents=True)
+    (tmp_path / "runs" / "default" / "metrics.jsonl").write_text('{"step": 1, "kl": null, "reward": 0.5}\n'
+                                                                 '{"step": 2, "kl": 0.1, "reward": 0.75}\n')
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | environment)
+    assert [path for path in tmp_path.rglob("*") if package[:5] in path.name or "tfevents" in path.name]
 
 
 def write_tasks(folder: Path, **changes) -> str:
@@ -107,7 +177,7 @@ def malformed(folder):
 
 def no_weights(folder):
     (folder / "config.json").write_text("{}")
-    return {"model": str(folder)}, ["--model", "no weights", "model.safetensors"]
+    return {"model": str(folder)}, ["--model", "no weights", ".safetensors"]
 
 
 def held_run(folder):
@@ -122,14 +192,13 @@ def held_run(folder):
     malformed,
     no_weights,
     held_run,
-    lambda folder: ({"loss": "ppo"}, ["--loss ppo", "grpo, dr_grpo, dapo"]),
     lambda folder: ({"group_size": 1}, ["--group_size 1", "at least 2"]),
     lambda folder: ({"beta": float("nan")}, ["--beta nan", "finite"]),
     lambda folder: ({"rewards": "beauty=1"}, ["beauty", "format"]),
     lambda folder: ({"corpus": "gopher:x"}, ["gopher", "sqlite"]),
     lambda folder: ({"mode": "step"}, ["--mode step", "solution"]),
-], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run", "unknown loss", "group of one",
-        "no number", "unknown reward", "unknown backend", "no solution"])
+], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run", "group of one", "no number",
+        "unknown reward", "unknown backend", "no solution"])
 def test_bad_input_is_named_before_a_model_is_loaded(case, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings, words = case(tmp_path)
@@ -138,14 +207,175 @@ def test_bad_input_is_named_before_a_model_is_loaded(case, tmp_path, monkeypatch
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("settings, words", [({"tasks": "nowhere.json"}, ["error: nowhere.json"]),
-                                             ({"no_such_flag": 1}, ["no_such_flag"]), ({"steps": "many"}, ["--steps", "many"])])
+@pytest.mark.parametrize("settings, words", [
+    ({"tasks": "nowhere.json"}, "nowhere.json: no such file"), ({"no_such_flag": 1}, "no such flag: --no_such_flag 1"),
+    ({"step": 3}, "no such flag: --step 3"), ({"steps": "many"}, "--steps: invalid int value: 'many'"),
+    ({"loss": "ppo"}, "--loss: invalid choice: 'ppo' (choose from 'grpo', 'dr_grpo', 'dapo')"),
+    ({"mode": "Step"}, "--mode: invalid choice: 'Step' (choose from 'episode', 'step')"),
+    ({"prompt": "long"}, "--prompt: invalid choice: 'long' (choose from 'short', 'full')")])
 def test_bad_input_ends_the_process_with_a_line_and_a_status(settings, words, tmp_path):
     start = time.monotonic()
     done = train(tmp_path / "out", check=False, **settings)
-    assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
     assert time.monotonic() - start < 30  # most of it is the import of torch and transformers
+
+
+def test_help_lists_choices_and_the_parts_of_rewards():
+    said = " ".join(run_script("train.py", "--help").stdout.split())
+    for words in ("--mode {episode,step}", "--prompt {short,full}", "--loss {grpo,dr_grpo,dapo}",
+                  "in an episode format=1,accuracy=1,problem=0,tools=0,search=0; "
+                  "in a step format=1,accuracy=1,search=1,code=1,problem=1"):
+        assert words in said, said
+
+
+# ---- a run that does not begin ---------------------------------------------------------------------------------------
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for a model that is gated, or not there."""
+    def do_GET(self):
+        missing = "typo" in self.path
+        self.send_response(404 if missing else 401)
+        self.send_header("X-Error-Code", "RepoNotFound" if missing else "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub_address():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def truncated(folder: Path) -> Path:
+    """The laptop model with a half of its weights."""
+    shutil.copytree(ROOT / "data" / "model", folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:len(weights) // 2])
+    return folder
+
+
+def assert_refused(done: CompletedProcess, model, words: str) -> None:
+    """One line that names the model, the reason and the way out."""
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and line.startswith(f"error: --model {model} cannot be loaded") and words in line, done.stderr
+    assert "Traceback" not in done.stderr and "room" not in done.stderr
+
+
+TASKS = ("--tasks", "data/offline/heldout.json")
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_failed_load_leaves_nothing(script, tmp_path):
+    model = truncated(tmp_path / "model")
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "there", tmp_path / "new" / "deep"):
+        assert_refused(run_script(script, "--model", model, *TASKS, "--output_dir", out), model, "SafetensorError")
+    assert list((tmp_path / "there").iterdir()) == [] and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("script, name, words", [
+    ("train.py", "Qwen/typo", "is not a valid model identifier.*check the name on huggingface.co"),
+    ("evaluate.py", "Qwen/gated", "gated repo.*a gated or private model needs `hf auth login`"),
+    ("train.py", "Qwen/offline", "couldn't connect.*the network")])
+def test_a_model_that_the_hub_does_not_give_is_named_with_the_way_out(script, name, words, tmp_path, hub_address):
+    """In fresh processes, since the hub's library reads its settings when it is imported."""
+    hub = {"HF_ENDPOINT": hub_address, "HF_HUB_OFFLINE": str(int(name == "Qwen/offline")), "HF_HOME": str(tmp_path / "hub")}
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, script, "--model", name, *TASKS, "--output_dir", str(tmp_path / "out")], cwd=ROOT,
+                          capture_output=True, text=True, timeout=200, env=os.environ | hub | {"OMP_NUM_THREADS": "1"})
+    assert_refused(done, name, "")
+    assert re.search(words, done.stderr.splitlines()[-1]), done.stderr
+    assert not (tmp_path / "out").exists() and time.monotonic() - start < 60
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ValueError, match="cannot be written .*File too large"), nothing_left(tmp_path / "a" / "b"):
+            take_folder(tmp_path / "a" / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_new_and_empty_folders_are_removed(tmp_path):
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyboardInterrupt), nothing_left(tmp_path / "old" / "new" / "out"):
+        (tmp_path / "old" / "new" / "out").mkdir(parents=True)
+        (tmp_path / "old" / "new" / "log").write_text("of somebody else")
+        raise KeyboardInterrupt
+    assert [path.name for path in (tmp_path / "old").rglob("*")] == ["new", "log"]
+    with nothing_left(tmp_path / "done"):
+        (tmp_path / "done").mkdir()
+    assert (tmp_path / "done").is_dir()
+
+
+@pytest.mark.parametrize("files, resume, words", [
+    ({"metrics.jsonl": ""}, False, "holds a training run; add --resume to go on, or choose another folder"),
+    ({"config.json": '{"prompts_per_step": 8}'}, False, "holds a training run"),
+    ({"items.jsonl": ""}, False, "holds an evaluation; choose another folder"),
+    ({"config.json": '{"benchmark": null}', "scores.json": "{}"}, True, "holds an evaluation; choose another folder"),
+    ({"predictions.json": "[]"}, True, "holds files of others; choose another folder"),
+    ({"config.json": "[]"}, True, "holds files of others"), ({"config.json": "no json"}, False, "holds files of others"),
+    ({"model/weights": ""}, False, "holds files of others"), ({"checkpoint-500/optimizer.pt": ""}, True, "files of others")])
+def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(files, resume, words, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path} .*{words}"):
+        prepare(Config(output_dir=str(tmp_path), resume=resume))
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_log_file_in_the_folder_is_no_obstacle(tmp_path):
+    (tmp_path / "train.log").write_text("")
+    assert holds(tmp_path) == holds(tmp_path / "absent") == ""
+
+
+def torchrun(ranks: int, *command) -> tuple[int, list[str]]:
+    """(status, lines) of a real torchrun."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                           "--max-restarts=0", *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stderr.splitlines()
+
+
+ONE_RANK_FAILS = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from data.flags import fail
+try:
+    if os.environ["RANK"] == sys.argv[2]:
+        raise ValueError("the reason")
+except ValueError as error:
+    sys.exit(fail(error))
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("case", [
+    lambda folder: (3, ("train.py", "--output_dir", folder / "out"), "--prompts_per_step 8 does not divide among 3 ranks"),
+    lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model", truncated(folder / "m")), "SafetensorError"),
+    lambda folder: (2, ("evaluate.py", "--output_dir", folder / "out", "--ask", "me"), "--ask: invalid choice: 'me'"),
+    lambda folder: (2, (folder / "one.py", ROOT, 0), "the reason"),
+    lambda folder: (2, (folder / "one.py", ROOT, 1), "the reason"),
+], ids=["no share for a rank", "one rank reads the weights", "a flag", "first rank", "second rank"])
+def test_the_last_lines_of_torchrun_hold_the_message(case, tmp_path):
+    (tmp_path / "one.py").write_text(ONE_RANK_FAILS)
+    ranks, command, message = case(tmp_path)
+    status, lines = torchrun(ranks, *command)
+    assert status == 1 and message in " ".join(lines[-4:]), "\n".join(lines)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_flag_has_a_help_text():

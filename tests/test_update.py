@@ -28,7 +28,7 @@ from model import encode_text, load_policy
 from ranks_worker import CODE, LIMITS, picture, task
 from rollout import Tools, roll_out
 from tools import CodeTool
-from train import Config, even_micro_batches, main, prepare, prompts_of_step, reference_logps, seed_step, update
+from train import Config, even_micro_batches, load, main, prepare, prompts_of_step, reference_logps, seed_step, update
 
 ROOT = Path(__file__).parent.parent
 IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
@@ -232,7 +232,8 @@ def run(out, tasks, **settings):
         patch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread, as all tests
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            main(config, *prepare(config))
+            tasks, held_out, search = prepare(config)
+            main(config, tasks, held_out, search, *load(config, tasks, held_out))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
