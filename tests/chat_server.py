@@ -120,7 +120,7 @@ class Loopback(ThreadingHTTPServer):
         pass  # a client that left, or sent no HTTP
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.002,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
