@@ -685,7 +685,8 @@ def test_a_phone_shows_every_column_of_figures(tmp_path, browser):
     held_out = {"success": 1.0, "n": 240, "by_family": {"search": 1.0}, "by_type": {"overexposure+rotation180": 1.0}}
     write_rows(run / "evaluations.jsonl", [{"step": step, "tools": tools, **held_out}
                                            for step, tools in ((0, "on"), (9, "on"), (9, "off"))])
-    for page, heads in ((folder, ["split", "n", "F1", "EM", "fair F1", "fair EM"]), (run, ["", "before", "after", "tools off"])):
+    for page, heads in ((folder, ["split", "n", "F1", "EM", "fair F1", "fair EM"]),
+                        (run, ["", "before", "after", "tools off"])):
         browser.open(write_report(page), width=390)
         assert browser.texts("thead th") == heads
         assert browser.run("Math.max(...[...document.querySelectorAll('th, td')].filter((e) => e.checkVisibility())"
