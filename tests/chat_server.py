@@ -213,7 +213,7 @@ def _digest(picture):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--tasks", default=str(ROOT / "data" / "offline" / "heldout.json"), help="whose answers it knows")
     parser.add_argument("--faults", type=float, default=0.0, help="share of the requests that fail, in one of many ways")
