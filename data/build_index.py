@@ -94,7 +94,7 @@ def index_corpus(path: str | Path, rows: Iterable[tuple[str, str]]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path, help=".jsonl")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the index to write")
     parser.add_argument("--force", action="store_true", help="replace an index that is there")

@@ -207,7 +207,7 @@ def table(shape: Shape, **options) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)

@@ -141,7 +141,7 @@ def rollout_pairs(run: Path) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of train.py, one a seed")
     parser.add_argument("--out", type=Path, default=Path("data/figures"))
     args = parser.parse_args()

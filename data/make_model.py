@@ -223,7 +223,7 @@ def train(policy, code_tool, pool, rng, args, *, steps, lr, name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="data/model")
     parser.add_argument("--right", help="folder of a model after phase 1: do phase 2 only")

@@ -133,7 +133,7 @@ def table() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, or 2 if the layout is wrong, which is said on standard error."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("name", nargs="?", choices=SOURCES, help="without any argument: print what to download")
     parser.add_argument("folder", nargs="?", help="the download, the folder in it with the benchmark's file, or that file")
     parser.add_argument("-o", "--output", help="the task file; by default NAME.tasks.json beside the benchmark's file")

@@ -527,7 +527,7 @@ PARTS = {"evaluate": bench_evaluate, "steps": bench_steps, "mat": bench_mat, "pa
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few repetitions")
     parser.add_argument("--cpu", action="store_true", help="one thread, CPU seconds")

@@ -168,7 +168,7 @@ def without_spaces(passages):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--passages", type=int, nargs="+", default=[100_000])
     args = parser.parse_args()

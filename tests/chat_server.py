@@ -120,7 +120,7 @@ class Loopback(ThreadingHTTPServer):
         pass  # a client that left, or sent no HTTP
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.002,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -213,7 +213,7 @@ def _digest(picture):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--tasks", default=str(ROOT / "data" / "offline" / "heldout.json"), help="whose answers it knows")
     parser.add_argument("--faults", type=float, default=0.0, help="share of the requests that fail, in one of many ways")

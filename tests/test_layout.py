@@ -127,6 +127,15 @@ def test_text_is_never_run_but_in_the_child(path):
     assert shells == []
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=stem)
+def test_flags_are_written_in_full(path):
+    """Or `--step 3` would be `--steps 3`."""
+    parsers = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)
+               and ast.unparse(node.func).rpartition(".")[2] in ("ArgumentParser", "HfArgumentParser")
+               and not path.name.startswith("test_")]
+    assert [node.lineno for node in parsers if "allow_abbrev=False" not in map(ast.unparse, node.keywords)] == []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=stem)
 def test_files_public_functions_and_classes_say_what_they_do(path):
     module = tree(path)

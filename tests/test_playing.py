@@ -185,10 +185,17 @@ def test_a_folder_of_other_tasks_is_refused(alone):
         evaluate(alone, some_tasks()[1:], samples=2, temperature=1.0)
 
 
-def test_the_folder_of_a_training_run_is_refused(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text("")
+@pytest.mark.parametrize("name, text, words", [
+    ("metrics.jsonl", "", "holds a training run; choose another folder; to evaluate what it trained give --model {0}/model"),
+    ("config.json", '{"prompts_per_step": 8, "model": "data/model"}', "holds a training run"),
+    ("config.json", '{"model_type": "qwen2_5_vl"}', "holds files of others; choose another folder"),
+    ("config.json", "5", "holds files of others"), ("predictions.json", "[]", "holds files of others"),
+    ("config.json", '{"benchmark": "offline"}', "holds an evaluation with other flags (ask, batch_size, ")])
+def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(tmp_path, capsys, name, text, words):
+    (tmp_path / name).write_text(text)
     assert main(["--model", "data/model", "--data", str(HELD_OUT), "--output_dir", str(tmp_path)]) == 2
-    assert "holds a training run; choose another folder" in capsys.readouterr().err
+    assert words.format(tmp_path) in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: text}
 
 
 def test_rows_are_added_behind_what_a_kill_cut_off(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.report import write_report
+from data.report import read_objects, write_report
 from tools import Action, ToolResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -673,6 +673,50 @@ def test_a_phone_needs_no_sideways_scrolling(tmp_path, browser):
             && !e.closest(".scroll, pre.code, select") && (e.getBoundingClientRect().right > 390 || e.clientWidth &&
             e.scrollWidth > e.clientWidth)).map((e) => e.outerHTML.slice(0, 60))""")  # beyond the page, or cut off
         assert (beyond, browser.run("document.documentElement.scrollWidth")) == ([], 390)
+
+
+@needs_browser
+def test_a_phone_shows_every_column_of_figures(tmp_path, browser):
+    wide = {"f1": 100.0, "em": 100.0, "n": 12576, "f1_95": [100.0, 100.0], "em_95": [100.0, 100.0]}
+    splits = dict.fromkeys(["all", "simple", "hard", "coding", "search"], wide)
+    folder = evaluation(tmp_path / "evaluation", [item(0, search())])
+    (folder / "scores.json").write_text(json.dumps({**splits, "fair": splits, "failed": 0}))
+    run = coding_run(tmp_path)
+    held_out = {"success": 1.0, "n": 240, "by_family": {"search": 1.0}, "by_type": {"overexposure+rotation180": 1.0}}
+    write_rows(run / "evaluations.jsonl", [{"step": step, "tools": tools, **held_out}
+                                           for step, tools in ((0, "on"), (9, "on"), (9, "off"))])
+    for page, heads in ((folder, ["split", "n", "F1", "EM", "fair F1", "fair EM"]),
+                        (run, ["", "before", "after", "tools off"])):
+        browser.open(write_report(page), width=390)
+        assert browser.texts("thead th") == heads
+        assert browser.run("Math.max(...[...document.querySelectorAll('th, td')].filter((e) => e.checkVisibility())"
+                           ".map((e) => e.getBoundingClientRect().right))") <= 390 - 16  # the page's margin
+        lines = browser.run("""[...document.querySelectorAll("tbody th")].map((e) => {
+            const range = document.createRange();
+            range.selectNodeContents(e);
+            return range.getClientRects().length;
+        })""")  # of each name; only the long one is broken
+        assert lines == ([1] * 5 if page == folder else [1, 1, 2])
+
+
+@needs_browser
+def test_a_title_says_each_thing_once(tmp_path, browser):
+    items = [item(0, code(), split="coding", type=["none"]), item(1, search(), family="search", split="search", type=[])]
+    browser.open(write_report(evaluation(tmp_path / "evaluation", items)))
+    assert browser.texts(".task h3") == ["task-0 · coding · none", "task-1 · search"]
+
+
+@needs_browser
+def test_parts_without_a_value_have_no_curve_and_those_without_one_in_a_step_a_gap(tmp_path, browser):
+    run = coding_run(tmp_path)
+    write_rows(run / "metrics.jsonl", [{**row, "success": None, "reward_search": [0.25, None][row["step"] % 2],
+                                        "reward_code": None} for row in read_objects(run / "metrics.jsonl")])
+    browser.open(write_report(run))
+    legends = [text.split(" ")[0] for text in browser.texts(".chart:nth-child(2) .legend li")]
+    assert legends == ["step", "reward", "format", "accuracy", "search"]
+    assert "search –" in browser.texts(".chart:nth-child(2) .legend li")  # of the last step
+    assert not any("rollouts" in text for text in browser.texts(".chart:first-child .legend li"))
+    assert browser.complaints() == []
 
 
 @needs_browser

@@ -124,7 +124,8 @@ def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, t
 
 
 @pytest.fixture
-def one_rank():
+def one_rank(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread, as all tests
     start_ranks()
     yield
     dist.destroy_process_group()

@@ -686,6 +686,8 @@ def test_ranks_share_the_budget(serve, monkeypatch):
 
 def test_retries_count(serve, monkeypatch):
     monkeypatch.setattr(tools, "RETRY_SECONDS", 10.0)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 20))
     server = serve(status(500))
     search = SearchTool(server.url, budget=2)
     check_failed(search.search_many(["owl"])[0], "budget")

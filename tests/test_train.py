@@ -20,9 +20,9 @@ import torch
 from conftest import run_script
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import HfArgumentParser
 
 from data.files import holds, nothing_left, take_folder
+from data.flags import parse_flags
 from data.tasks import load_tasks
 from reward import WEIGHTS
 from train import Config, learning_rate, prepare, rollout_metrics, step_line
@@ -134,8 +134,8 @@ def test_the_readmes_own_tasks_load_and_train(tmp_path):
     tasks = load_tasks(path)
     assert [task["family"] for task in tasks] == ["coding", "search", "search"]
     assert [bool(task["image"]) for task in tasks] == [True, True, False]
-    keys = {name for row in rows_of_readme for name in row} | {"split"}
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == keys
+    explained = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+    assert explained == {name for row in rows_of_readme for name in row} | {"split"}
     flags = [str(path) if flag == "mine/tasks.json" else flag for flag in command[3:]]
     assert str(path) in flags
     for key in ("id", "type", "family"):  # not required
@@ -385,8 +385,7 @@ def test_every_flag_has_a_help_text():
 @pytest.mark.parametrize("name", [f.name for f in fields(Config) if isinstance(f.default, bool)])
 def test_false_is_false(name):
     def parsed(*arguments):
-        [config] = HfArgumentParser(Config).parse_args_into_dataclasses([f"--{name}", *arguments])
-        return getattr(config, name)
+        return getattr(parse_flags(Config, "", [f"--{name}", *arguments]), name)
     assert parsed("False") is parsed("false") is parsed("0") is False
     assert parsed() is parsed("True") is True
 
