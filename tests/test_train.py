@@ -345,7 +345,7 @@ def test_a_log_file_in_the_folder_is_no_obstacle(tmp_path):
 def torchrun(ranks: int, *command) -> tuple[int, list[str]]:
     """(status, lines) of a real torchrun."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                           "--max-restarts=0", *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=200,
+                           "--max-restarts=0", *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=90,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stderr.splitlines()
 
@@ -354,12 +354,12 @@ ONE_RANK_FAILS = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from data.flags import fail
+if os.environ["RANK"] == "0":
+    time.sleep(100)
 try:
-    if os.environ["RANK"] == sys.argv[2]:
-        raise ValueError("the reason")
+    raise ValueError("the reason")
 except ValueError as error:
     sys.exit(fail(error))
-time.sleep(100)
 """
 
 
@@ -367,15 +367,42 @@ time.sleep(100)
     lambda folder: (3, ("train.py", "--output_dir", folder / "out"), "--prompts_per_step 8 does not divide among 3 ranks"),
     lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model", truncated(folder / "m")), "SafetensorError"),
     lambda folder: (2, ("evaluate.py", "--output_dir", folder / "out", "--ask", "me"), "--ask: invalid choice: 'me'"),
-    lambda folder: (2, (folder / "one.py", ROOT, 0), "the reason"),
-    lambda folder: (2, (folder / "one.py", ROOT, 1), "the reason"),
-], ids=["no share for a rank", "one rank reads the weights", "a flag", "first rank", "second rank"])
+    lambda folder: (2, (folder / "one.py", ROOT), "the reason"),
+], ids=["no share for a rank", "one rank reads the weights", "a flag", "the second rank alone"])
 def test_the_last_lines_of_torchrun_hold_the_message(case, tmp_path):
     (tmp_path / "one.py").write_text(ONE_RANK_FAILS)
     ranks, command, message = case(tmp_path)
     status, lines = torchrun(ranks, *command)
     assert status == 1 and message in " ".join(lines[-4:]), "\n".join(lines)
     assert not (tmp_path / "out").exists()
+
+
+LOADS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from model import load_policy, start_ranks
+start_ranks()
+try:
+    load_policy(sys.argv[2], shard=True)
+except ValueError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_a_model_that_the_first_rank_cannot_read_is_an_error_on_all(tmp_path):
+    (tmp_path / "loads.py").write_text(LOADS)
+    status, lines = torchrun(2, tmp_path / "loads.py", ROOT, truncated(tmp_path / "m"))
+    assert status == 0 and "\n".join(lines).count("cannot be loaded: SafetensorError") == 2, "\n".join(lines)
+
+
+def test_only_the_first_rank_makes_the_folder(tmp_path, monkeypatch):
+    """Or it could not tell whether it was there before."""
+    monkeypatch.setenv("RANK", "1")
+    take_folder(tmp_path / "new" / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        take_folder(tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_every_flag_has_a_help_text():
