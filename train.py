@@ -410,7 +410,7 @@ def clean(out: Path, step: int) -> None:
     for path in [*out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp"), *(out / "rollouts").glob("step_*")]:
         if path.suffix == ".tmp" or int(path.stem[5:]) > step:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in filter(Path.exists, (out / "metrics.jsonl", out / "evaluations.jsonl")):
+    for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
         write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path) if row["step"] <= step))
 
 
@@ -453,9 +453,9 @@ def find_checkpoint(config: Config) -> tuple[int, Path | None]:
         raise ValueError(f"{out} is a run of --model {before['model']}, where its KL starts; give that one")
     print(f"resumes from {folder}" if folder else f"{out} has no checkpoint yet: starts at the first step",
           f"; changed, so it may be no replay: {', '.join(sorted(changed))}" * bool(changed), sep="", flush=True)
-    if lead:
-        for path in damaged:
-            path.rename(path.with_suffix(".damaged"))
+    if lead and path.exists():  # or no run has begun there
+        for broken in damaged:
+            broken.rename(broken.with_suffix(".damaged"))
         clean(out, step)
     dist.barrier()
     return step, folder

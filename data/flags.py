@@ -19,8 +19,8 @@ def parse_flags(kind: type, description: str, argv: list[str] | None = None):
     """An instance of the dataclass `kind` from the command line. Raises ValueError for what is wrong in it."""
     parser = HfArgumentParser(kind, description=description, allow_abbrev=False, exit_on_error=False)
     try:
-        flags, *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True,
-                                                                look_for_args_file=False)
+        flags, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True,
+                                                            look_for_args_file=False)
     except ArgumentError as error:
         raise ValueError(error) from None
     if unknown:
