@@ -157,11 +157,11 @@ def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch
     """Bytes of one GPU, by what holds them.
 
     The parts `copy` and `cache` live during rollouts only, `layer`, `activations` and `logits` in the update only; the rest
-    stays. batch_tokens bounds the tokens whose keys and values are kept; a prompt's are kept once.
+    stays. batch_tokens bounds the tokens whose keys and values are kept, the prompt's for each of its samples.
     """
     text, weights = config.text_config, num_weights(config)
     tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
-    kept = shape.num_prompts / gpus * (shape.prompt_tokens + shape.group_size * shape.sample_tokens)
+    kept = shape.num_prompts / gpus * shape.group_size * (shape.prompt_tokens + shape.sample_tokens)
     activations = activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing)
     layers = 1 if checkpointing else text.num_hidden_layers  # that are whole in memory
     return {"weights": FP32 * weights / gpus, "gradients": FP32 * weights / gpus, "moments": 2 * FP32 * weights / gpus,
