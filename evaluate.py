@@ -97,7 +97,8 @@ def _splits(predictions, benchmark):
 def _items(predictions):
     """(n,) int: the item of each row, by its id or else its place."""
     places = {}
-    return np.array([places.setdefault(str(row.get("id", f"row {n}")), n) for n, row in enumerate(predictions)])
+    ids = (f"row {n}" if row.get("id") is None else str(row["id"]) for n, row in enumerate(predictions))
+    return np.array([places.setdefault(name, n) for n, name in enumerate(ids)])
 
 
 def _averages(published, fair, splits, items):
@@ -131,6 +132,7 @@ def rescore(path: str | Path, benchmark: str) -> dict[str, dict]:
 
 def _prediction(row, number):
     read_golds(row, "gt", blank_allowed=True)
+    split_of(row, number, 0, None)  # refuses what is no text
     if not row.get("error") and not isinstance(row.get("pred_answer", 0), str | None):
         raise ValueError(f"pred_answer must be a text, or null for no answer, got {row.get('pred_answer')!r}; add it")
     return row
@@ -649,7 +651,7 @@ class Arguments:
     topk: int = flag(3, "passages a search returns")
     search_pages: int = flag(0, "pages of the first results that are read too (serper)")
     search_cache: str = flag("runs/search_cache.sqlite", "answers from the network, kept for all runs; empty: none")
-    search_budget: int = flag(0, "searches sent over the network, after which the tool fails; 0: no end")
+    search_budget: int = flag(0, "searches sent over the network, after which the evaluation stops; 0: no end")
     code_unlocked: bool = flag(False, "run model-written code in plain child processes where the kernel cannot lock it in")
     tools: Literal["on", "off"] = flag("on", "off: every call is answered that the tool is switched off")
     released_crop: bool = flag(False, "as the released code: the question's crop box replaces the one in the model's code")
@@ -662,9 +664,12 @@ MAY_CHANGE = {"output_dir", "limit", "retry", "api", "api_prices", "api_timeout"
 
 def _run(args):
     """Read the tasks and check all flags, which fails early; then load the rest and play them."""
-    if not args.model or not args.tasks or args.batch_size < 1:
-        raise ValueError("give --model, --tasks and a --batch_size of at least 1; or --rescore FILE --benchmark NAME")
-    if args.samples < 1 or args.temperature < 0 or args.samples > 1 and args.temperature == 0:
+    if not args.model or not args.tasks:
+        raise ValueError("give --model and --tasks; or --rescore FILE --benchmark NAME")
+    for name in ("batch_size", "max_turns", "max_new_tokens", "max_tokens", "samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.temperature < 0 or args.samples > 1 and args.temperature == 0:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: samples of a greedy policy are all the "
                          "same; give --temperature 1")
     if args.retry and int(os.environ.get("WORLD_SIZE", 1)) > 1:

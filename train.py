@@ -77,7 +77,7 @@ class Config:
     max_images: int = flag(4, "images in the context of a rollout, the prompt's included")
     temperature: float = flag(1.0, "of sampling, and of the scored law")
     batch_tokens: int = flag(16384, "rows that a rank plays side by side x max_tokens: bounds their keys and values")
-    micro_batch_tokens: int = flag(8192, "rows x length of one forward and backward pass of a rank; not part of the objective")
+    micro_batch_tokens: int = flag(8192, "packed tokens of one forward and backward pass of a rank; not part of the objective")
     lr: float = flag(1.5e-4, "learning rate of AdamW at the start; the released code for 3B and 7B: 1e-6")
     lr_decay: float = flag(0.8, "share of lr lost by the last update, on a line, 0 to 1; the released code: 1")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
@@ -109,13 +109,15 @@ class Config:
             raise ValueError(f"--group_size {self.group_size}: a group of one has no advantage; give at least 2")
         positive = ("steps", "prompts_per_step", "max_turns", "max_new_tokens", "temperature", "lr", "save_every",
                     "rollouts_every", "micro_batch_tokens", "batch_tokens", "max_images", "topk", "code_workers",
-                    "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high", "keep", "max_skipped")
+                    "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high", "keep", "max_skipped", "max_grad_norm")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{name} {value}: must be a finite number")
+        if self.eval_temperature < 0:
+            raise ValueError(f"--eval_temperature {self.eval_temperature}: must be at least 0 (greedy)")
         if self.beta < 0 or not 0 <= self.lr_decay <= 1:
             raise ValueError(f"--beta {self.beta} --lr_decay {self.lr_decay}: beta is at least 0, lr_decay within 0 and 1")
         self.reward_weights()
@@ -200,7 +202,7 @@ def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
     return episode_reward(
         [turn.text for turn in turns], rollout.answer, task["answers"],
         problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
-        gold_labels=task["type"] or None, tool_oks=[result.ok for _, result in results],
+        gold_labels=task["type"] or None if task["family"] == "coding" else None, tool_oks=[result.ok for _, result in results],
         evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)
 
 
@@ -242,7 +244,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batches: list, num_
             policy.model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients meet once an update
             logps, entropy = score(policy, batch, config.temperature)  # (B, T)
             weights = token_weights(batch.action_mask, config.loss, num_rollouts=counts["rollouts"],
-                                    num_tokens=counts["tokens"], max_tokens=config.max_turns * config.max_new_tokens)
+                                    num_tokens=counts["tokens"], max_tokens=config.limits().max_turns * config.max_new_tokens)
             weights = weights * (i < num_real)  # (B, T); 0 for a batch that only fills up
             loss, parts = policy_loss(logps, batch.advantages, weights, old_logps=old, ref_logps=ref, beta=config.beta,
                                       clip_low=config.clip_low, clip_high=config.clip_high)

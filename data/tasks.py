@@ -148,7 +148,7 @@ def read_golds(row: dict, key: str, blank_allowed: bool) -> list[str]:
 
 def _find_image(row: dict, kinds: list[str], folders: list[Path]) -> str | None:
     """The path of the input image; MAT-Coding shows the original for a crop, the processed one otherwise."""
-    if "golden_answers" in row or row.get("image_path", "") is None:
+    if row.get("image_path") is None and ("image_path" in row or "golden_answers" in row):
         return None
     key = "ori_image_path" if kinds == ["crop"] else "processed_image_path"
     key = key if key in row else "image_path"
