@@ -132,7 +132,7 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
     temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces the policy by any other
     source of actions (a recorded chain, a demonstrator); it gets the live rollouts and returns (ids, log-probs) for each.
     `interrupted` is asked before each turn; once it says True, rollouts come back as they are, and are to be thrown away.
-    Raises ValueError if a prompt leaves no room for one turn.
+    Raises ValueError, naming the task, if a prompt leaves no room for one turn.
     """
     rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
     seconds, fed = {"generate": 0.0, "tools": 0.0}, Counter()
@@ -170,7 +170,7 @@ def _open(policy, task, limits, group_size, prompt):
     opening = task["question"] + PROMPTS[prompt][task["family"]]
     ids = encode_prompt(policy, opening, image)
     if len(ids) + limits.max_new_tokens > limits.max_tokens:
-        raise ValueError(f"its prompt has {len(ids)} tokens and leaves no room for a turn of "
+        raise ValueError(f"task {task['id']}: its prompt has {len(ids)} tokens and leaves no room for a turn of "
                          f"{limits.max_new_tokens} within {limits.max_tokens}; raise --max_tokens or lower --max_pixels")
     pictures, images = ([], []) if image is None else ([picture], [image])
     return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images), list(pictures), opening=opening)

@@ -109,7 +109,8 @@ class Config:
             raise ValueError(f"--group_size {self.group_size}: a group of one has no advantage; give at least 2")
         positive = ("steps", "prompts_per_step", "max_turns", "max_new_tokens", "temperature", "lr", "save_every",
                     "rollouts_every", "micro_batch_tokens", "batch_tokens", "max_images", "topk", "code_workers",
-                    "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high", "keep", "max_skipped", "max_grad_norm")
+                    "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high", "keep", "max_skipped",
+                    "max_grad_norm")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -170,7 +171,8 @@ def check_tasks(policy: Policy, tasks: list[dict], held_out: list[dict], config:
     mine = mine[dist.get_rank()::dist.get_world_size()]
     found = ((path, task, opening_error(policy, task, config.limits(), config.prompt)) for path, task in
              tqdm(mine, desc="open the tasks", disable=dist.get_rank() > 0, delay=5, leave=False))
-    bad = gather([f"{path}, task {task['id']!r}: {error}; mend or remove it" for path, task, error in found if error])
+    bad = gather([f"{path}, task {task['id']!r}: " + str(error).removeprefix(f"task {task['id']}: ")
+                  for path, task, error in found if error is not None])
     if bad:
         more = f"\n… and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ValueError("\n".join(bad[:5]) + more)

@@ -470,7 +470,7 @@ def test_rescoring_does_not_load_torch(tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "give --model, --tasks and a --batch_size of at least 1; or --rescore FILE --benchmark NAME"),
+    ([], "give --model and --tasks; or --rescore FILE --benchmark NAME"),
     (["--model", "m", "--tasks", "absent.json"], "absent.json: no such file; give the path of a .json or .jsonl file"),
     (["--rescore", "p.json"], "--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME"),
     (["--compare", "a.json", "b.json"],
