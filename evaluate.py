@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data.files import append_json_line, each_row, holds, nothing_left, parse_json, read_rows, take_folder, write_whole
 from data.flags import fail, flag, parse_flags
 from data.report import write_report
-from data.tasks import Benchmark, load_tasks, read_golds, split_of
+from data.tasks import Benchmark, describe, load_tasks, read_golds, split_of
 from reward import grade
 from tools import CodeTool, RequestFailed, SearchTool, fetch, parse_action, split_address
 
@@ -677,6 +677,8 @@ def _run(args):
     if args.ask == "rag" and args.tools == "off":
         raise ValueError("--ask rag searches once for every question; leave out --tools off")
     tasks = load_tasks(args.tasks, args.benchmark, args.image_folder, args.limit, mode="episode")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{args.tasks}: {describe(tasks)}", file=sys.stderr)
     prices, world, out = read_prices(args.api_prices), int(os.environ.get("WORLD_SIZE", 1)), Path(args.output_dir)
     if args.api and (world > 1 or args.released_context):
         raise ValueError("--api takes one process, with a larger --batch_size, and no --released_context")
