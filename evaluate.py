@@ -260,7 +260,7 @@ class ChatModel:
                 failure.retry_after = float("inf")
             wait = max(failure.retry_after or 0.0, self._backoff * 2 ** min(attempt, 6))
             wait *= random.SystemRandom().uniform(1.0, 1.5)  # threads that fail together do not come back together
-            if kind == "http_400" and self._adapt(parameters, why):
+            if kind in ("http_400", "http_422") and self._adapt(parameters, why):
                 wait = 0.0
             if time.monotonic() + wait >= give_up:
                 raise failure
@@ -283,9 +283,10 @@ class ChatModel:
             if reason == "error":
                 raise ValueError("the server gave up in mid-turn")
             content, text = message.get("content"), _joined(message.get("content"), TEXT_PARTS)
-            thought = message.get("reasoning_content") or message.get("reasoning")
-            if not isinstance(thought, str):
-                thought = _joined(content, THOUGHT_PARTS) if isinstance(content, list) else ""
+            found = [message.get(name) for name in ("reasoning_content", "reasoning", "reasoning_details")]
+            thoughts = [_joined(each, TEXT_PARTS + THOUGHT_PARTS) for each in found if isinstance(each, str | list)]
+            thoughts.append(_joined(content, THOUGHT_PARTS) if isinstance(content, list) else "")
+            thought = next(filter(str.strip, thoughts), "")
             if not text.strip() and parse_action(thought).kind != "invalid":
                 thought, text = "", thought  # the server took all for a thought
             return thought, text, reason
@@ -355,6 +356,7 @@ def _status_of(reply):
     again cannot help; None for all else."""
     error = reply.get("error") if isinstance(reply, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
+    code = int(code) if isinstance(code, str) and re.fullmatch("[0-9]{3}", code) else code
     return code if type(code) is int and 400 <= code < 500 and code not in (408, 409, 429) else None
 
 
@@ -362,8 +364,9 @@ def _joined(content, kinds):
     """The text of a content: null, a text, or a list of parts, of which those of `kinds` count."""
     if not isinstance(content, list):
         return "" if content is None else content
-    chosen = [(kind, part) for part in content if (kind := part.get("type", "text")) in kinds]
-    return "".join(_joined(part.get(kind, part.get("text")), TEXT_PARTS) for kind, part in chosen)
+    parts = [{"text": part} if isinstance(part, str) else part for part in content if part is not None]
+    chosen = [(kind, part) for part in parts if (kind := part.get("type", "text").removeprefix("reasoning.")) in kinds]
+    return "".join(_joined(part.get(kind, part.get("text", part.get("summary"))), TEXT_PARTS) for kind, part in chosen)
 
 
 def with_thought(thought: str, text: str, whole: bool) -> str:
@@ -461,7 +464,7 @@ def evaluate_tasks(policy, tasks: list[dict], tools, limits, *, benchmark: str |
                                  "command goes on, --retry True asks for the failed items again")
         if rank == 0:
             done = _wait_for_ranks(out, set(wanted), done, bar)
-    return _write([done[key] for key in wanted], benchmark, out) if rank == 0 else {}
+    return _write(done, wanted, benchmark, out) if rank == 0 else {}
 
 
 def _done_before(out, tasks):
@@ -483,10 +486,12 @@ def _wait_for_ranks(out, wanted, done, bar):
     return done
 
 
-def _write(rows, benchmark, out):
-    """Write what a finished evaluation leaves; returns the scores. ValueError if every item failed."""
+def _write(done, wanted, benchmark, out):
+    """Write what a finished evaluation leaves; returns the scores of the wanted rows. Others, of a start with a larger
+    --limit, stay in items.jsonl. ValueError if every item failed."""
+    rows = [done[key] for key in wanted]
     if out:
-        write_whole(out / "items.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(out / "items.jsonl", "".join(json.dumps(done[key]) + "\n" for key in sorted(done)))
     if all(row["error"] for row in rows):
         raise ValueError(f"every item failed, so there are no scores; the first with: {rows[0]['error']}; "
                          "when that is mended, --retry True plays them again")
@@ -669,7 +674,9 @@ def _run(args):
     for name in ("batch_size", "max_turns", "max_new_tokens", "max_tokens", "samples"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.temperature < 0 or args.samples > 1 and args.temperature == 0:
+    if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**32:
+        raise ValueError(f"--temperature {args.temperature} is at least 0, --seed {args.seed} within 0 and 2^32")
+    if args.samples > 1 and args.temperature == 0:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: samples of a greedy policy are all the "
                          "same; give --temperature 1")
     if args.retry and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -677,8 +684,6 @@ def _run(args):
     if args.ask == "rag" and args.tools == "off":
         raise ValueError("--ask rag searches once for every question; leave out --tools off")
     tasks = load_tasks(args.tasks, args.benchmark, args.image_folder, args.limit, mode="episode")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{args.tasks}: {describe(tasks)}", file=sys.stderr)
     prices, world, out = read_prices(args.api_prices), int(os.environ.get("WORLD_SIZE", 1)), Path(args.output_dir)
     if args.api and (world > 1 or args.released_context):
         raise ValueError("--api takes one process, with a larger --batch_size, and no --released_context")
@@ -689,9 +694,16 @@ def _run(args):
     if search and os.environ.get("RANK", "0") == "0":
         search.check()
     _check_folder(out, args)
+    if args.tools == "on":
+        try:
+            CodeTool(1, unlocked=args.code_unlocked).close()
+        except RuntimeError as error:
+            raise ValueError(error) from error
     if chat:
         chat.check()
     take_folder(out)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{args.tasks}: {describe(tasks)}", file=sys.stderr)
     from model import load_policy  # here for the reason given in _play
     from rollout import Limits, Tools
     limits = Limits(args.max_turns, args.max_new_tokens, args.max_tokens, released_context=args.released_context)

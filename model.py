@@ -142,7 +142,7 @@ def check_model(name: str) -> None:
     """Raise ValueError, within milliseconds, if `name` is a local folder without a Qwen2.5-VL. Hub names pass."""
     folder = Path(name)
     if not folder.is_dir():
-        if folder.is_absolute() or name.startswith((".", "data/")) or name.count("/") != 1:
+        if folder.is_absolute() or name.startswith(".") or name.count("/") != 1 or folder.parent.is_dir():
             raise ValueError(f"--model {name}: no such folder (and not a hub name like Qwen/Qwen2.5-VL-3B-Instruct)")
         return
     suffixes = {path.suffix for path in folder.iterdir()}
@@ -205,7 +205,23 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
         hub_generation_config = model.generation_config
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(_set_up(model), tokenizer, image_processor, device, hub_generation_config)
+    policy = Policy(_set_up(model), tokenizer, image_processor, device, hub_generation_config)
+    _check_prompts(policy, name)
+    return policy
+
+
+def _check_prompts(policy: Policy, name: str) -> None:
+    """ValueError if no task could be shown to the model: a chat template that drops text or image, another patch size."""
+    vision, processor = policy.model.config.vision_config, policy.image_processor
+    cut = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+    if cut != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):
+        raise ValueError(f"--model {name}: its image processor cuts patches, merges and frames by {cut}, the model otherwise")
+    try:
+        encode_prompt(policy, "?", None)
+        encode_prompt(policy, "?", encode_image(policy, Image.new("RGB", (56, 56))))
+    except Exception as error:  # of templates and processors, of any kind
+        raise ValueError(f"--model {name}: its chat template or image processor cannot make a prompt with a text and an "
+                         f"image ({type(error).__name__}: {error}); take the files of the model it was made from") from error
 
 
 def copy_policy(policy: Policy) -> Policy:

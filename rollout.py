@@ -302,9 +302,9 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
                 turn.result.image.save(folder / row["image"])
         turns.append(row)
     task = rollout.task
-    return {"id": task["id"], "question": task["question"], "prompt": rollout.opening, "image": str(task["image"]),
-            "turns": turns, "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop,
-            "tokens": len(rollout.ids)}
+    return {"id": task["id"], "question": task["question"], "prompt": rollout.opening,
+            "image": None if task["image"] is None else str(task["image"]), "turns": turns, "answer": rollout.answer,
+            "answers": task["answers"], "stop": rollout.stop, "tokens": len(rollout.ids)}
 
 
 def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:

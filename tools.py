@@ -47,6 +47,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -95,12 +96,11 @@ class Action(NamedTuple):
 
 
 TAG = re.compile(r"<(/?)(search|problem|code|answer)>")
-# The fence that begins a block, at the start of a line or behind prose, and its info line: one word, or a name of Python with
-# what follows it, unless that looks like code. Such code is kept.
-FENCE = re.compile(r"""(?:^[^\n`~'"\#=(]*|[:.][ \t]*)(`{3,9}|~{3,9})[ \t]*(?:
-    [\w{}.:+\#-]*[ \t]*\n
-    |(?:python|py)[\d.]*\b(?![^\n`~]*(?:\bimport\b|\s=\s|\())[^\n`~]*\n
-    |(?:(?:python|py)[\d.]*\b)?(?=[ \t]*[^\s`~]))""", re.IGNORECASE | re.MULTILINE | re.VERBOSE)
+# A line that opens a fenced block: perhaps some prose, the marks, and what stands behind them.
+FENCE = re.compile(r"""(?:[^`~'"#=(]*|.*[:.][ \t]*)(`{3,}|~{3,})(.*)""")
+FENCED_CODE = re.compile(r"\bimport\b|;|\w\(|\s=\s|\A(?!lang)\w+=")  # on the fence's own line: code, no info line
+LANGUAGE = re.compile(r"\s*(?:python|py)?[\d.]*\b", re.IGNORECASE)
+PYTHON_LINE = re.compile(r"\A\s*(?:python|py)[\d.]*(?: code)?[ \t]*:?[ \t]*\n", re.IGNORECASE)
 
 
 def parse_action(text: str) -> Action:
@@ -119,16 +119,31 @@ def parse_action(text: str) -> Action:
 
 
 def _unfenced(text: str) -> str:
-    """Code as a model wrote it, without its fence, and without a first line that only says python."""
-    text = re.sub(r"\r\n?", "\n", text)
-    if fence := FENCE.search(text):
-        text = text[fence.end():]
-        # Its end: a fence on a line of its own, since a string or a comment may hold one; or behind the code.
-        end = re.search(rf"^[ \t]*{fence[1]}+[ \t]*$", text, re.M) or re.search(rf"{fence[1]}[ \t]*$", text, re.M)
-        text = text[:end.start()] if end else text
-    else:
-        text = text.removesuffix("```")
-    return re.sub(r"\A\s*(python|py)[\d.]*[ \t]*\n", "", text, flags=re.IGNORECASE).strip()
+    """Code as a model wrote it: the first fenced block that is called Python, or the first with anything in it, or, without
+    a fence, all of the text; in any case without a first line that only says python."""
+    before, blocks, mark = [], [], None  # lines; (info line, lines) of each block; the marks of the one that is open
+    for line in re.split(r"\r\n?|\n", text.lstrip("\ufeff")):
+        if mark and line.lstrip().startswith(mark):
+            mark = None
+            continue
+        if mark is None:
+            fence = FENCE.match(line)
+            if not fence:
+                before += [line] if not blocks else []  # what stands between and behind blocks is prose
+                continue
+            mark, info = fence.groups()
+            blocks.append((info, []))
+            if not FENCED_CODE.search(info):
+                continue
+            line = LANGUAGE.sub("", info, count=1)
+        if line.rstrip().endswith(mark) and "#" not in line:  # closed behind the code
+            line, mark = line.rstrip().rstrip(mark[0]), None
+        blocks[-1][1].append(line)
+    codes = [(info, textwrap.dedent("\n".join(lines))) for info, lines in blocks if "".join(lines).strip()]
+    named = [code for info, code in codes if re.search(r"\bpy", info, re.IGNORECASE)]
+    plain = "\n".join(before).removesuffix("```")
+    code = next(iter(named or [code for _, code in codes]), plain)
+    return PYTHON_LINE.sub("", code).strip()
 
 
 # ---- pictures: one way to read a file, one way to make RGB
@@ -175,6 +190,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits as L, or LA with the one grey transparent that a 16-bit PNG names."""
     if image.mode == "F":
+        import numpy
+        image = Image.fromarray(numpy.nan_to_num(numpy.asarray(image), nan=0.0, posinf=0.0, neginf=0.0))
         scale = 255 if image.getextrema()[1] <= 1 else 1
         return image.point(lambda value: value * scale + 0.5).convert("L")
     wide = image.convert("I")  # Pillow would clip it to 8 bits
@@ -731,9 +748,9 @@ def read_document(document: dict | str) -> tuple[str, str]:
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
     key = next((k for k in ("contents", "content", "text") if isinstance(row.get(k), str) and row[k].strip()), None)
-    title = row.get("title") or ""
-    if key is None or not isinstance(title, str):
-        raise ValueError('needs a text under "contents", "content" or "text"; "title" is a text too, if given')
+    title = str(row["title"]) if isinstance(row.get("title"), str | int) else ""  # any other is none
+    if key is None:
+        raise ValueError('needs a text under "contents", "content" or "text"')
     title, shown = title.strip('" '), row[key].strip()
     first, newline, rest = shown.partition("\n")
     heading = first.strip('" ')

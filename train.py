@@ -110,15 +110,18 @@ class Config:
         positive = ("steps", "prompts_per_step", "max_turns", "max_new_tokens", "temperature", "lr", "save_every",
                     "rollouts_every", "micro_batch_tokens", "batch_tokens", "max_images", "topk", "code_workers",
                     "max_observation_tokens", "updates_per_batch", "clip_low", "clip_high", "keep", "max_skipped",
-                    "max_grad_norm")
+                    "max_grad_norm", "code_timeout", "min_pixels")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{name} {value}: must be a finite number")
-        if self.eval_temperature < 0:
-            raise ValueError(f"--eval_temperature {self.eval_temperature}: must be at least 0 (greedy)")
+        for name in ("eval_temperature", "eval_every", "eval_limit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 0")
+        if not 0 <= self.seed < 2**32 or self.max_pixels < self.min_pixels:
+            raise ValueError(f"--seed {self.seed} is within 0 and 2^32, --max_pixels {self.max_pixels} at least --min_pixels")
         if self.beta < 0 or not 0 <= self.lr_decay <= 1:
             raise ValueError(f"--beta {self.beta} --lr_decay {self.lr_decay}: beta is at least 0, lr_decay within 0 and 1")
         self.reward_weights()
@@ -357,9 +360,9 @@ def evaluate_policy(policy, tasks: list[dict], tools, step: int, config, reasons
                                interrupted=lambda: bool(reasons()))
     if gather(reasons()):
         return False
-    hits = {r.task["id"]: exact_match(r.answer, r.task["answers"]) for r in rollouts}  # a failed task is not solved
+    hits = {id(r.task): exact_match(r.answer, r.task["answers"]) for r in rollouts}
     groups = {"success": {}, "by_family": {}, "by_type": {}}
-    for family, kinds, hit in gather([(task["family"], task["type"], hits.get(task["id"], 0.0)) for task in share]):
+    for family, kinds, hit in gather([(task["family"], task["type"], hits.get(id(task), 0.0)) for task in share]):
         for key, name in (("success", "all"), ("by_family", family), ("by_type", "+".join(kinds) or family)):
             groups[key].setdefault(name, []).append(hit)
     rates = {key: {name: round(fmean(hits), 4) for name, hits in sorted(by_name.items())}
@@ -484,6 +487,10 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
                         budget=config.search_budget)
     if os.environ.get("RANK", "0") == "0":
         search.check()
+        try:
+            CodeTool(1, config.code_timeout, config.code_unlocked).close()
+        except RuntimeError as error:
+            raise ValueError(error) from error
     take_folder(out)  # at the end: a run that is refused leaves none
     return tasks, held_out, search
 

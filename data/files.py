@@ -16,7 +16,8 @@ from pathlib import Path
 def read_rows(path: str | Path) -> list:
     """The rows of a JSON list, or of a .jsonl file with one object a line."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; give the path of a .json or .jsonl file")
+        what = "is a folder" if Path(path).is_dir() else "no such file"
+        raise ValueError(f"{path}: {what}; give the path of a .json or .jsonl file")
     data, is_jsonl = Path(path).read_bytes(), Path(path).suffix == ".jsonl"
     parts = data.split(b"\n") if is_jsonl else [data]
     values = [parse_json(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]

@@ -61,6 +61,7 @@ def load_tasks(path: str | Path, benchmark: str | None = None,
     check_image = cache(_check_image)  # steps share their images
 
     def read(row, number):
+        row = {key: value for key, value in row.items() if value is not None or key == "image_path"}  # null: not there
         task = _task(row, number, folders, blank_allowed=benchmark is not None)
         _check_mode(task, mode)
         if task["image"] is not None:
@@ -92,12 +93,12 @@ def _task(row: dict, number: int, folders: list[Path], blank_allowed: bool) -> d
     is_step = "solution" in row
     kinds = _texts(row, "type") if row.get("type") else []
     question = _text(row, "problem" if is_step else "question")
-    if is_step and row.get("context") and _text(row, "context") not in question:
+    if is_step and not _is_blank(row.get("context")) and _text(row, "context") not in question:
         question = f"{question}\n{row['context']}"  # MAT's coding steps keep the chain so far apart
     solution = _text(row, "solution") if is_step else None
     key = next((key for key in ANSWER_KEYS if key in row), "answers")
     is_early = is_step and parse_action(solution).kind in ("search", "problem", "code")
-    if is_step and row.get(key) in (None, "", []) or is_early and key == "gt":
+    if (is_step and _is_blank(row.get(key))) or (is_early and key == "gt"):
         answers = []  # the gt of one of MAT's early steps is that step's, not the answer to the question
     else:
         answers = read_golds(row, key, blank_allowed)
@@ -122,6 +123,12 @@ def _check_mode(task: dict, mode: str | None) -> None:
     if mode == "step" and (action.kind == "invalid" or not action.content):
         raise ValueError(f"solution must hold one action and its content, got {shown(task['solution'])}; "
                          "write <think>…</think> and one of <search>, <problem>, <code>, <answer>")
+
+
+def _is_blank(value) -> bool:
+    """Whether nothing is said: null, an empty text, or a list of such texts."""
+    texts = value if isinstance(value, list) else [value]
+    return all(text is None or isinstance(text, str) and not text.strip() for text in texts)
 
 
 def _text(row: dict, key: str) -> str:

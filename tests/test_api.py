@@ -140,6 +140,7 @@ def test_the_exact_json_of_a_request(image):
 @pytest.mark.parametrize("body, expected", [
     (completion("C"), ("C", True)), (completion("C", "length"), ("C", False)), (completion("", "length"), ("", False)),
     (completion(None, "tool_calls"), ("", True)), (completion("C", None), ("C", True)),
+    ({"choices": [{"message": {"content": ["C", None]}}]}, ("C", True)),
     ({"choices": [{"message": {"content": "C"}}]}, ("C", True)), ({"choices": [{"message": {}}]}, ("", True)),
     (completion("\ud83d 猫 <|im_end|>\x1b[2J"), ("? 猫 <|im_end|>\x1b[2J", True))])
 def test_a_reply_is_its_text_and_whether_it_is_whole(body, expected):
@@ -172,6 +173,10 @@ def words(text):
     # nothing apart
     ({"content": A, "reasoning_content": None}, "stop", A), ({"content": A, "reasoning": " "}, "stop", A),
     ({"content": A, "reasoning": {"effort": "low"}}, "stop", A), ({"content": A, "reasoning_content": 7}, "stop", A),
+    ({"content": "<answer>Rome</answer>", "reasoning_content": "\n", "reasoning": "t"}, "stop",
+     "<think> t </think>\n<answer>Rome</answer>"),
+    ({"content": "<answer>Rome</answer>", "reasoning": [{"type": "reasoning.text", "text": "t"}]}, "stop",
+     "<think> t </think>\n<answer>Rome</answer>"),
     # parts
     ({"content": [words(A)]}, "stop", A), ({"content": [words("<think>t</think>"), words("<answer>Rome</answer>")]}, "stop", A),
     ({"content": [{"type": "output_text", "text": A, "annotations": []}]}, "stop", A), ({"content": [{"text": A}]}, "stop", A),
@@ -261,7 +266,7 @@ KINDS = {"reset": "unreachable", "closed": "unreachable", "cut": "bad_reply", "g
 SHAPES = [b"", b"data: {}\n\ndata: [DONE]\n\n", b"[" * 60_000, b"1" * 60_000, *(json.dumps(shape).encode() for shape in (
     None, 7, "text", [], {}, {"choices": None}, {"choices": {}}, {"choices": [None]}, {"choices": [{}]},
     {"choices": [{"message": None}]}, {"choices": [{"message": {"content": 7}}]},
-    {"choices": [{"message": {"content": ["a"]}}]}, {"choices": [{"message": {"content": [{"text": 7}]}}]},
+    {"choices": [{"message": {"content": [["a"]]}}]}, {"choices": [{"message": {"content": [{"text": 7}]}}]},
     {"choices": [{"message": {"content": {}}}]}, {"error": {"message": "engine dead", "code": 500}},
     {"error": {"message": "slow down", "code": 429}}, {"error": {"message": "no", "code": "rate_limit"}}, {"error": "no"},
     {"choices": [{"message": {"content": "C"}, "finish_reason": "error"}]}))]

@@ -52,6 +52,11 @@ def load(tmp_path):
     ('{"question": "q", "golden_answers": ["x"], "split": NaN}', "split", "all"),
     ('{"question": "q", "golden_answers": ["x"], "family": NaN}', "family", "search"),
     ({**STEP, "gt": ""}, "answers", []),
+    ({**STEP, "gt": [" "]}, "answers", []),
+    ({**STEP, "context": "  "}, "question", "p"),
+    ({**TEXT, "answers": None}, "answers", ["x"]),
+    ({"question": "q", "answer": "x", "solution": None, "image_path": None}, "solution", None),
+    ({"question": "q", "answer": "x", "processed_image_path": None, "image_path": None}, "image", None),
     ({**STEP, "gt": None}, "answers", []),
     ({**STEP, "gt": "Rome"}, "answers", ["Rome"]),
     ({**STEP, "gt": "{'dark'}", "solution": "<think>t</think><problem>{'dark'}</problem>"}, "answers", []),
@@ -71,7 +76,7 @@ def test_what_can_be_mended_is(load, row, key, value):
     ({**TEXT, "split": 3}, "split must be a text, got 3"),
     ({**TEXT, "family": ["search"]}, "family is ['search']"),
     ('{"question": NaN, "golden_answers": ["x"]}', "question must be a text, got None"),
-    ('{"question": "q", "golden_answers": NaN}', "golden_answers must be one or more texts, got None"),
+    ('{"question": "q", "golden_answers": NaN}', "answers must be one or more texts, got None"),
     ({**STEP, "context": ["c"]}, "context must be a text, got ['c']"),
     ({**STEP, "gt": 3}, "gt must be one or more texts, got 3"),
     ({**STEP, "gt": 0}, "gt must be one or more texts, got 0"),
@@ -116,6 +121,12 @@ def test_a_page_can_be_made_of_what_odd_ids_left(load, tmp_path, policy):
     assert write_report(tmp_path / "out").is_file()
     (tmp_path / "out" / "predictions.json").write_text('[{"id": 1, "gt": "x", "pred_answer": NaN, "error": NaN}]')
     assert rescore(tmp_path / "out" / "predictions.json", "2wiki")["all"]["n"] == 1
+
+
+def test_an_image_beside_a_null_column_is_not_lost(load, tmp_path):
+    for extra in ({"golden_answers": None}, {"golden_answers": ["x"]}, {"processed_image_path": None}):
+        [task] = load({"question": "q", "answers": ["x"], "image_path": "a.png", **extra})
+        assert task["image"] == str((tmp_path / "a.png").resolve()) and task["family"] == "search"
 
 
 # ---- modes

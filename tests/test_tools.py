@@ -42,6 +42,11 @@ FENCED = [
     f"~~~python\n{CODE}\n~~~", f"````md\n{CODE}\n````", f"```python\n{CODE}", f"{CODE}\n```", f"```python\n\n{CODE}\n\n```",
     f"Here's the code (turned): ```python\n{CODE}\n```\nDone.", f"1. ```py\n{CODE}\n```", f"**Code** ```python\n{CODE}\n```",
     f"Two:\n```python\n{CODE}\n```\nor\n```python\ny\n```",
+    f"- first:\n  ```python\n  {CODE.replace(chr(10), chr(10) + '  ')}\n  ```", f"```python file=a.py (edited)\n{CODE}\n```",
+    f"```{{.python .numberLines}}\n{CODE}\n```", f"```{{python, echo=FALSE}}\n{CODE}\n```", f"```python (3.10)\n{CODE}\n```",
+    f"```lang=python\n{CODE}\n```", f"```python\n{CODE}\n``` done", f"```python\n{CODE}\n```\u200b",
+    f"Python code:\n{CODE}", f"python:\n{CODE}", f"\ufeff{CODE}", f"```bash\npip install x\n```\n```python\n{CODE}\n```",
+    f"```\n```\n```python\n{CODE}\n```",
     f"```{CODE}\n```", f"```python {CODE}\n```", f"```Python\t{CODE}```"]  # the code begins on the line of the fence
 PLAIN = ["python = 3\nx", "pyx = 1", "import x\ny", "x\ny", "note = '```'\nx = 2", "# ```\nx = 1", "x = '''~~~'''\ny = 1",
          "print(f'```python')\nx = 1"]
