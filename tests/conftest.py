@@ -40,6 +40,9 @@ def pytest_configure(config):
 def fast_processes():
     """The process that the others are forked from imports the packages while the first tests run."""
     forkserver.ensure_running()
+    yield
+    for process in multiprocessing.active_children():  # of tests that failed; Python would wait for their end
+        process.kill()
 
 
 def start_script(script: str, *args, output: Path, errors: Path | None = None, **environment: str) -> multiprocessing.Process:

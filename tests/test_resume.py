@@ -37,7 +37,7 @@ def log(out: Path) -> Path:
 
 
 def wait_for(process: Process, out: Path, happened) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 100
     while not happened():
         assert process.is_alive(), log(out).read_text()
         assert time.monotonic() < deadline
