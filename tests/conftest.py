@@ -40,11 +40,14 @@ def pytest_configure(config):
 def fast_processes():
     """The process that the others are forked from imports the packages while the first tests run."""
     forkserver.ensure_running()
+    yield
+    for process in multiprocessing.active_children():  # of tests that failed; Python would wait for their end
+        process.kill()
 
 
 def start_script(script: str, *args, output: Path, errors: Path | None = None, **environment: str) -> multiprocessing.Process:
     """`python script *args` under way as a process of its own, on one thread; its errors go to the output or a file of their
-    own. It is forked from one that has done nothing but import packages, which saves seconds each time."""
+    own. It is forked from one that has done nothing but import packages, which saves seconds each time; "torchrun" is not."""
     process = CLEAN.Process(target=_run_script, args=(script, list(map(str, args)), environment, output, errors or output))
     process.start()
     return process
@@ -77,6 +80,8 @@ def _run_script(script, args, environment, output, errors):
     os.chdir(ROOT)
     os.environ.update({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count()), **environment})
     torch.set_num_threads(1)
+    if script == "torchrun":
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *args])
     sys.argv = [script, *args]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.distributed.run as torchrun
-from conftest import start_script
+from conftest import environments_of_ranks, start_script
 
 from data.files import append_json_line, read_json_lines, take_folder, write_whole
 from model import start_ranks
@@ -26,12 +25,11 @@ TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prom
 TIMINGS = re.compile(r"seconds|tokens_per_s")
 
 
-def start(out: Path, *flags: str, launcher: tuple[str, ...] = (), **settings) -> Process:
-    """train.py with small settings, its output in log(out); launcher: arguments of torchrun."""
+def start(out: Path, *flags: str, launcher: tuple[str, ...] = (), environment: dict = {}, **settings) -> Process:
+    """train.py with small settings, its output at the end of log(out); launcher: arguments of torchrun."""
     arguments = [str(x) for name, value in {**TINY, "output_dir": out, **settings}.items() for x in (f"--{name}", value)]
-    command = [torchrun.__file__, "--standalone", *launcher] if launcher else []
-    log(out).write_bytes(b"")
-    return start_script(*command, "train.py", *arguments, *flags, output=log(out))
+    command = ["torchrun", "--standalone", *launcher] if launcher else []
+    return start_script(*command, "train.py", *arguments, *flags, output=log(out), **environment)
 
 
 def log(out: Path) -> Path:
@@ -39,7 +37,7 @@ def log(out: Path) -> Path:
 
 
 def wait_for(process: Process, out: Path, happened) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 100
     while not happened():
         assert process.is_alive(), log(out).read_text()
         assert time.monotonic() < deadline
@@ -47,10 +45,12 @@ def wait_for(process: Process, out: Path, happened) -> None:
 
 
 def end(process: Process, out: Path) -> tuple[int, str]:
-    """(exit status, output)"""
+    """(exit status, output since this was asked for last)"""
     process.join(240)
-    assert process.exitcode is not None, log(out).read_text()
-    return process.exitcode, log(out).read_text()
+    output = log(out).read_text()
+    assert process.exitcode is not None, output
+    log(out).write_bytes(b"")
+    return process.exitcode, output
 
 
 def left_by(out: Path) -> dict:
@@ -220,8 +220,43 @@ def ranks_of(process: Process) -> list[int]:
     return sorted(int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == process.pid)
 
 
+def start_two(out: Path, store: dist.TCPStore, count: int) -> list[Process]:
+    """Two ranks as torchrun starts them for the count-th time again, on its store; then the second is late."""
+    processes = []
+    for environment in environments_of_ranks(2):
+        time.sleep(count * len(processes))
+        environment |= {"MASTER_PORT": str(store.port), "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                        "TORCHELASTIC_RESTART_COUNT": str(count)}
+        processes.append(start(out, environment=environment, steps=400, save_every=1, eval_tasks=""))
+    return processes
+
+
 def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
-    """Two ranks; one is killed: torchrun starts both again, which resume. A SIGTERM ends them; one rank goes on."""
+    """Two ranks; one is killed, which ends the other. Both are started again, and resume, though the store still holds the
+    addresses of the dead ones. A SIGTERM to one ends both; one rank goes on."""
+    out, store = tmp_path / "run", dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first = start_two(out, store, 0)
+    wait_for(first[0], out, lambda: checkpoints(out))
+    first[1].kill()
+    first[0].join(15)
+    assert first[0].exitcode == 1 and "Connection" in end(first[0], out)[1]
+    reached, steps = checkpoints(out)[-1][0], lambda: len(read_json_lines(out / "metrics.jsonl"))
+    second = start_two(out, store, 1)
+    wait_for(second[0], out, lambda: steps() > reached + 1)
+    second[1].terminate()
+    second[1].join(60)
+    status, output = end(second[0], out)
+    assert (status, second[1].exitcode) == (0, 0), output
+    assert output.count("resumes from") == 1 and "stopped before step" in output, output
+    step = checkpoints(out)[-1][0]
+    assert step == steps()
+    status, output = end(start(out, "--resume", steps=step + 1, eval_tasks=""), out)
+    assert status == 0 and re.search("resumes from .*ranks 2 -> 1", output) and steps() == step + 1, output
+
+
+@pytest.mark.thorough
+def test_torchrun_restarts_the_ranks_and_passes_a_signal_on(tmp_path):
+    """Two ranks; one is killed: torchrun starts both again, which resume. A SIGTERM ends them."""
     out = tmp_path / "run"
     process = start(out, launcher=("--nproc_per_node=2", "--max-restarts=1"), steps=400, save_every=1, eval_tasks="")
     wait_for(process, out, lambda: checkpoints(out))
@@ -237,10 +272,7 @@ def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
     _, output = end(process, out)
     assert "failed (exitcode: -9) local_rank: 1" in output and "Connection" in output, output
     assert output.count("resumes from") == 1 and "stopped before step" in output, output
-    step = checkpoints(out)[-1][0]
-    assert step == steps()
-    status, output = end(start(out, "--resume", steps=step + 1, eval_tasks=""), out)
-    assert status == 0 and re.search("resumes from .*ranks 2 -> 1", output) and steps() == step + 1, output
+    assert checkpoints(out)[-1][0] == steps()
 
 
 # ---- updates that are no good --------------------------------------------------------------------------------------
