@@ -159,6 +159,8 @@ def test_a_retrieval_server_is_asked_as_in_search_r1(serve):
                                                   "1. Content: Owl: It flies."),
         "title and contents without it": ({"title": "Owl", "contents": "It flies.\nFar."}, "1. Content: It flies. Far."),
         "no title": ({"title": None, "text": "It flies."}, "1. Content: It flies."),
+        "a number as title": ({"title": 1984, "text": "It flies."}, "1. Content: 1984: It flies."),
+        "a title that is none": ({"title": ["Owl"], "text": "It flies."}, "1. Content: It flies."),
         "content": ({"content": "It flies."}, "1. Content: It flies."),
         "contents that are null": ({"contents": None, "text": "It flies."}, "1. Content: It flies."),
         "a bare text": ("Owl\nIt flies.", "1. Content: Owl: It flies."),
@@ -170,7 +172,7 @@ def test_documents_are_shown_with_their_titles(serve, reply, text):
 
 
 BAD = [None, 7, [], {}, "", " ", [None, 1.0], {"document": None}, {"contents": None}, {"contents": 1999}, {"contents": ["a"]},
-       {"text": ""}, {"title": 7, "text": "a"}, {"score": 1.0}]
+       {"text": ""}, {"score": 1.0}]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
