@@ -359,6 +359,17 @@ def test_samples_of_an_item_are_not_counted_as_items():
     assert (copies["n"], copies["em"], copies["em_95"]) == (80, 50.0, [20.0, 80.0])
 
 
+def test_rows_with_a_null_id_are_items_of_their_own():
+    hits = [True, False] * 20
+    assert score([{**row, "id": None} for row in coin_rows(hits)]) == score(coin_rows(hits))
+
+
+def test_a_split_that_is_no_text_is_named(tmp_path):
+    path = write(tmp_path / "p.json", [{"gt": "x", "pred_answer": "x", "split": 3}])
+    with pytest.raises(ValueError, match=f"{path}, row 1: split must be a text, got 3"):
+        rescore(path, "mat-search")
+
+
 def test_a_comparison_pairs_the_items(tmp_path):
     """B is right where A is, and on 10 of 100 items more: unpaired intervals would overlap."""
     hits = np.arange(100) < 50
@@ -479,6 +490,9 @@ def test_rescoring_does_not_load_torch(tmp_path):
     (["--rescore", "absent.json", "--benchmark", "2wiki"],
      "absent.json: no such file; give the path of a .json or .jsonl file"),
     (["--nonsense", "1"], "no such flag: --nonsense 1; --help lists them"),
+    (["--model", "m", "--tasks", "t.json", "--max_turns", "0"], "--max_turns 0: must be at least 1"),
+    (["--model", "m", "--tasks", "t.json", "--temperature", "nan"],
+     "--temperature nan is at least 0, --seed 0 within 0 and 2^32"),
 ])
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(args, message):
     result = run(*args)

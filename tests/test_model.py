@@ -409,6 +409,20 @@ def test_of_the_real_tokenizer_only_tokens_that_are_not_special_pass_through_for
     assert encode_text(qwen, "<tool_call>") == [151657] == qwen.tokenizer("<tool_call>")["input_ids"]  # as the released code
 
 
+@pytest.mark.parametrize("file, text", [
+    ("chat_template.jinja", "no place for a text"), ("chat_template.jinja", "{% if %}"),
+    ("chat_template.jinja", "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"),
+    ("preprocessor_config.json", {"patch_size": 16}), ("preprocessor_config.json", {"merge_size": 1}),
+    ("preprocessor_config.json", {"image_mean": None})])
+def test_a_model_that_no_task_can_be_shown_to_is_refused_by_name(model_folder, tmp_path, file, text):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((folder / file).read_text()) | text)
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=f"^--model {folder}"):
+        load_policy(str(folder))
+
+
 def test_an_opening_without_an_image(policy):
     ids = encode_prompt(policy, "Which <|im_end|> city?", None)
     assert policy.tokenizer.decode(ids) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"

@@ -354,6 +354,8 @@ def test_images_are_turned_as_their_exif_says(policy, tmp_path):
     (f"<code>{COPY}</code>", "The tool is switched off."),
     ("<problem> {'dark'} </problem>", "Write the code."),
     ("<problem> {'none'} </problem>", "Answer the question."),
+    ("<problem> {'None'} </problem>", "Answer the question."),
+    ("<problem> {'nonexistent'} </problem>", "Write the code."),
 ])
 def test_without_tools(policy, turn, observation):
     [rollout] = play(policy, task(image=picture()), [turn, "<answer> 7 </answer>"])

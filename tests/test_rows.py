@@ -129,6 +129,15 @@ def test_an_image_beside_a_null_column_is_not_lost(load, tmp_path):
         assert task["image"] == str((tmp_path / "a.png").resolve()) and task["family"] == "search"
 
 
+def test_a_smaller_limit_scores_fewer_items_and_loses_none(load, tmp_path, policy):
+    tasks, out = load(*({**TEXT, "id": n} for n in range(4))), tmp_path / "out"
+    out.mkdir()
+    evaluate_tasks(policy, tasks, Tools(), Limits(1, 4, 512), output_dir=out)
+    before = (out / "items.jsonl").read_text()
+    assert evaluate_tasks(policy, tasks[:2], Tools(), Limits(1, 4, 512), output_dir=out)["all"]["n"] == 2
+    assert (out / "items.jsonl").read_text() == before
+
+
 # ---- modes
 
 @pytest.mark.parametrize("row, mode, reason", [

@@ -207,6 +207,22 @@ def test_bad_input_is_named_before_a_model_is_loaded(case, tmp_path, monkeypatch
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("flags", [{"max_grad_norm": -1.0}, {"max_grad_norm": 0.0}, {"eval_temperature": -1.0},
+                                   {"eval_every": -1}, {"eval_limit": -1}, {"code_timeout": -1.0}, {"seed": -1},
+                                   {"seed": 2**32}, {"min_pixels": 0}, {"max_pixels": 1000, "min_pixels": 500_000}], ids=str)
+def test_a_number_that_cannot_work_is_refused(flags):
+    with pytest.raises(ValueError, match=f"--{next(iter(flags))} "):
+        Config(**flags)
+
+
+def test_a_run_does_not_begin_where_code_cannot_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ValueError, match="the code server does not start"):
+        prepare(Config(output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"tasks": "nowhere.json"}, "nowhere.json: no such file"), ({"no_such_flag": 1}, "no such flag: --no_such_flag 1"),
     ({"step": 3}, "no such flag: --step 3"), ({"steps": "many"}, "--steps: invalid int value: 'many'"),

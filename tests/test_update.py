@@ -203,6 +203,13 @@ def test_later_updates_of_a_batch_are_clipped_around_the_policy_that_began_it(mo
     assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain("grpo", 3))
 
 
+def test_dr_grpo_divides_by_the_longest_rollout_of_its_mode(model_folder, reference_folder, rows, rank):
+    """A step has one turn, however many an episode may take."""
+    losses = [our_update(model_folder, reference_folder, rows, Config(**SETTINGS, loss="dr_grpo", mode=mode))[0]["loss"]
+              for mode in ("episode", "step")]
+    assert losses[1] == pytest.approx(SETTINGS["max_turns"] * losses[0], rel=1e-5)
+
+
 def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_folder, rows, plain, rank):
     updated = our_update(model_folder, reference_folder, rows, Config(**SETTINGS | {"max_grad_norm": 0.1}))
     assert_is_the_formula(updated, plain("grpo"), scale=0.1 / plain("grpo")[0]["grad_norm"])
