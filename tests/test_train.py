@@ -300,8 +300,9 @@ def test_a_failed_load_leaves_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("script, name, words", [
     ("train.py", "Qwen/typo", "is not a valid model identifier.*check the name on huggingface.co"),
-    ("evaluate.py", "Qwen/gated", "gated repo.*a gated or private model needs `hf auth login`"),
-    ("train.py", "Qwen/offline", "couldn't connect.*the network")])
+    pytest.param("evaluate.py", "Qwen/gated", "gated repo.*a gated or private model needs `hf auth login`",
+                 marks=pytest.mark.thorough),
+    pytest.param("train.py", "Qwen/offline", "couldn't connect.*the network", marks=pytest.mark.thorough)])
 def test_a_model_that_the_hub_does_not_give_is_named_with_the_way_out(script, name, words, tmp_path, hub_address):
     """In fresh processes, since the hub's library reads its settings when it is imported."""
     hub = {"HF_ENDPOINT": hub_address, "HF_HUB_OFFLINE": str(int(name == "Qwen/offline")), "HF_HOME": str(tmp_path / "hub")}
@@ -382,9 +383,10 @@ except ValueError as error:
 
 @pytest.mark.parametrize("case", [
     lambda folder: (3, ("train.py", "--output_dir", folder / "out"), "--prompts_per_step 8 does not divide among 3 ranks"),
-    lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model", truncated(folder / "m")), "SafetensorError"),
+    pytest.param(lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model", truncated(folder / "m")),
+                                 "SafetensorError"), marks=pytest.mark.thorough),
     lambda folder: (2, ("evaluate.py", "--output_dir", folder / "out", "--ask", "me"), "--ask: invalid choice: 'me'"),
-    lambda folder: (2, (folder / "one.py", ROOT), "the reason"),
+    pytest.param(lambda folder: (2, (folder / "one.py", ROOT), "the reason"), marks=pytest.mark.thorough),
 ], ids=["no share for a rank", "one rank reads the weights", "a flag", "the second rank alone"])
 def test_the_last_lines_of_torchrun_hold_the_message(case, tmp_path):
     (tmp_path / "one.py").write_text(ONE_RANK_FAILS)
