@@ -429,8 +429,8 @@ def test_evaluate_tasks_plays_all_tasks_in_order_with_live_tools(tmp_path):
     assert scores[0]["tools"]["calls"] >= 5 and scores[0]["failed"] == 0 and sum(scores[0]["stops"].values()) == 10
 
 
-@pytest.mark.parametrize("benchmark, name, num_tasks", [("mat-coding", "MAT-Coding.json", 4),
-                                                        ("mat-search", "MAT-Search.json", 1)])
+@pytest.mark.parametrize("benchmark, name, num_tasks", [
+    pytest.param("mat-coding", "MAT-Coding.json", 4, marks=pytest.mark.thorough), ("mat-search", "MAT-Search.json", 1)])
 def test_published_items_run_at_full_resolution(golden, tmp_path, benchmark, name, num_tasks):
     done = run_script("evaluate.py", "--model", ROOT / "data" / "model", "--tasks", golden / "mat_sample" / name,
                       "--benchmark", benchmark, "--max_new_tokens", 96, "--max_tokens", 4096,

@@ -394,6 +394,7 @@ def qwen(golden, tmp_path_factory):
     return load_policy(str(folder), device=torch.device("cpu"))
 
 
+@pytest.mark.thorough
 def test_of_the_real_tokenizer_only_tokens_that_are_not_special_pass_through_foreign_text(qwen):
     added = qwen.tokenizer.added_tokens_decoder
     special, others = ({i for i, token in added.items() if token.special is flag} for flag in (True, False))
@@ -904,7 +905,8 @@ needs_memory = pytest.mark.skipif(memory_available() < 10e9, reason="needs 10 GB
                                                                      "gradients")
 
 
-@pytest.mark.parametrize("share", [4, pytest.param(1, marks=[needs_memory, pytest.mark.thorough])])
+@pytest.mark.thorough
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=needs_memory)])
 def test_two_layers_of_3b_learn_from_an_image_of_401_408_pixels(model_folder, tmp_path, share):
     """Layers as wide as published, and a fourth of it with all of the vocabulary."""
     config = json.loads(json.dumps(PUBLISHED["3B"])) | {"num_hidden_layers": 2, "image_token_id": IMAGE}  # the tokenizer's

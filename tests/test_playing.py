@@ -291,7 +291,7 @@ def test_a_turn_that_was_cut_off_is_no_answer():
     assert rollout.stop == "length" and rollout.turns[0].text and _one_turn_answer(rollout) is None
 
 
-@pytest.mark.parametrize("ask", ["agent", "direct", "cot", "rag"])
+@pytest.mark.parametrize("ask", ["agent", "direct", *[pytest.param(ask, marks=pytest.mark.thorough) for ask in ("cot", "rag")]])
 def test_published_items_are_asked_in_every_way(golden, ask):
     for benchmark, name in (("mat-search", "MAT-Search.json"), ("mat-coding", "MAT-Coding.json")):
         tasks = load_tasks(golden / "mat_sample" / name, benchmark)
@@ -306,6 +306,7 @@ def test_published_items_are_asked_in_every_way(golden, ask):
 FAULTS = {"http_500": 0.1, "http_429": 0.1, "cut": 0.1, "reset": 0.1}
 
 
+@pytest.mark.thorough
 def test_fifty_items_of_an_endpoint_with_faults_are_all_answered(tmp_path):
     tasks = load_tasks(HELD_OUT, "offline")[::4][:50]
     with ChatServer(stand_in(HELD_OUT), faults=FAULTS, seed=1) as server:
@@ -336,7 +337,7 @@ def pictures():
             for task in load_tasks(HELD_OUT, "offline", limit=12)]
 
 
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize("status", [403, *[pytest.param(status, marks=pytest.mark.thorough) for status in (400, 413, 422)]])
 def test_a_prompt_that_is_refused_fails_its_item_alone(tmp_path, status):
     """Also where it is the first; --retry asks for those items again."""
     def faults(messages):
@@ -366,9 +367,11 @@ def test_a_wrong_model_key_or_address_ends_the_evaluation_before_it_begins(tmp_p
 
 @pytest.mark.parametrize("fault, message", [
     (refuse(401, "revoked"), "answers http_401 for model m (revoked)"),
-    (refuse(403, "revoked"), "answers http_403 for model m (revoked)"),
-    (refuse(429, "insufficient_quota"), "answers http_429 for model m (insufficient_quota)"),
-    ("http_500", "gives no reply: http_500 (Try again later.)"), ("closed", "gives no reply: unreachable")])
+    ("closed", "gives no reply: unreachable"),
+    *[pytest.param(*case, marks=pytest.mark.thorough) for case in (
+        (refuse(403, "revoked"), "answers http_403 for model m (revoked)"),
+        (refuse(429, "insufficient_quota"), "answers http_429 for model m (insufficient_quota)"),
+        ("http_500", "gives no reply: http_500 (Try again later.)"))]])
 def test_an_endpoint_that_dies_in_mid_run_ends_it_within_the_patience_and_the_same_command_goes_on(tmp_path, fault, message):
     faults = [None] * 12 + [fault] * 999  # the probe, the first four items, and half of a turn
     with ChatServer(stand_in(HELD_OUT), faults) as server:
@@ -383,6 +386,7 @@ def test_an_endpoint_that_dies_in_mid_run_ends_it_within_the_patience_and_the_sa
     assert len((tmp_path / "usage.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.thorough
 def test_an_endpoint_that_answers_no_item_in_time_ends_the_run_and_one_item_does_not(tmp_path):
     """Each start goes on behind the items that failed, so none is stuck."""
     def no_item(messages):

@@ -87,6 +87,33 @@ def alone(tmp_path_factory) -> Path:
 
 # ---- resume is replay ----------------------------------------------------------------------------------------------
 
+def test_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, tmp_path):
+    """SIGKILL in mid-export, a torn row behind it, a flipped byte in the last checkpoint."""
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for(process, out, lambda: (out / "model.tmp").exists())
+    process.kill()
+    end(process, out)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    [weights] = (out / "checkpoint-4").glob("*.distcp")
+    flip_a_byte(weights)
+
+    status, output = end(start(out, "--resume"), out)
+    assert status == 0 and "checkpoint-4 is damaged: __0_0.distcp\nresumes from" in output, output
+    assert_left_as_alone(out, alone)
+
+
+def assert_left_as_alone(out: Path, alone: Path) -> None:
+    assert (out / "checkpoint-4.damaged").is_dir()  # set aside, not deleted
+    shutil.rmtree(out / "checkpoint-4.damaged")
+    assert [step for step, _ in checkpoints(alone)] == [2, 4]
+    left, expected = left_by(out), left_by(alone)
+    assert left.keys() - {"checkpoint-1", "checkpoint-3"} == expected.keys() and "model/model.safetensors" in expected
+    assert [name for name in expected if left[name] != expected[name]] == []
+
+
+@pytest.mark.thorough
 def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, tmp_path):
     """SIGTERM in the first step; SIGKILL in mid-checkpoint, then in mid-export; a flipped byte in the last checkpoint."""
     out = tmp_path / "run"
@@ -115,12 +142,7 @@ def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, t
 
     status, output = end(start(out, "--resume"), out)
     assert status == 0 and "checkpoint-4 is damaged: __0_0.distcp\nresumes from" in output, output
-    assert (out / "checkpoint-4.damaged").is_dir()  # set aside, not deleted
-    shutil.rmtree(out / "checkpoint-4.damaged")
-    assert [step for step, _ in checkpoints(alone)] == [2, 4]
-    left, expected = left_by(out), left_by(alone)
-    assert left.keys() - {"checkpoint-1", "checkpoint-3"} == expected.keys() and "model/model.safetensors" in expected
-    assert [name for name in expected if left[name] != expected[name]] == []
+    assert_left_as_alone(out, alone)
 
 
 @pytest.fixture
@@ -231,6 +253,7 @@ def start_two(out: Path, store: dist.TCPStore, count: int) -> list[Process]:
     return processes
 
 
+@pytest.mark.thorough
 def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
     """Two ranks; one is killed, which ends the other. Both are started again, and resume, though the store still holds the
     addresses of the dead ones. A SIGTERM to one ends both; one rank goes on."""

@@ -1228,6 +1228,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_training_stops_at_its_search_budget_and_goes_on(train, tmp_path):
     """Stopped before its first step and before a later one, resumed: the metrics and weights of a run that was left alone."""
     assert train("alone").returncode == 0
@@ -1248,6 +1249,7 @@ def test_training_stops_at_its_search_budget_and_goes_on(train, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.thorough
 def test_an_evaluation_without_budget_is_no_evaluation(train, tmp_path):
     """It ends the run in a way that is seen, leaves no row, and is made up for on resuming."""
     assert train("run", "--steps", "1").returncode == 0

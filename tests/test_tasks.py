@@ -69,6 +69,7 @@ def flag(seed=0, country="France", attribute="stamp"):
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.thorough
 def test_same_seed_gives_the_same_bytes(made, tmp_path):
     make_tasks.write_tasks(0, tmp_path)
     assert files_of(tmp_path) == files_of(made)

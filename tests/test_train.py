@@ -298,11 +298,11 @@ def test_a_failed_load_leaves_nothing(script, tmp_path):
     assert list((tmp_path / "there").iterdir()) == [] and not (tmp_path / "new").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("script, name, words", [
     ("train.py", "Qwen/typo", "is not a valid model identifier.*check the name on huggingface.co"),
-    pytest.param("evaluate.py", "Qwen/gated", "gated repo.*a gated or private model needs `hf auth login`",
-                 marks=pytest.mark.thorough),
-    pytest.param("train.py", "Qwen/offline", "couldn't connect.*the network", marks=pytest.mark.thorough)])
+    ("evaluate.py", "Qwen/gated", "gated repo.*a gated or private model needs `hf auth login`"),
+    ("train.py", "Qwen/offline", "couldn't connect.*the network")])
 def test_a_model_that_the_hub_does_not_give_is_named_with_the_way_out(script, name, words, tmp_path, hub_address):
     """In fresh processes, since the hub's library reads its settings when it is imported."""
     hub = {"HF_ENDPOINT": hub_address, "HF_HUB_OFFLINE": str(int(name == "Qwen/offline")), "HF_HOME": str(tmp_path / "hub")}
@@ -382,7 +382,8 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("case", [
-    lambda folder: (3, ("train.py", "--output_dir", folder / "out"), "--prompts_per_step 8 does not divide among 3 ranks"),
+    pytest.param(lambda folder: (3, ("train.py", "--output_dir", folder / "out"),
+                                 "--prompts_per_step 8 does not divide among 3 ranks"), marks=pytest.mark.thorough),
     pytest.param(lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model", truncated(folder / "m")),
                                  "SafetensorError"), marks=pytest.mark.thorough),
     lambda folder: (2, ("evaluate.py", "--output_dir", folder / "out", "--ask", "me"), "--ask: invalid choice: 'me'"),
@@ -408,6 +409,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.thorough
 def test_a_model_that_the_first_rank_cannot_read_is_an_error_on_all(tmp_path):
     (tmp_path / "loads.py").write_text(LOADS)
     status, lines = torchrun(2, tmp_path / "loads.py", ROOT, truncated(tmp_path / "m"))
