@@ -1,4 +1,5 @@
 """What the tests share: the laptop-size architecture with random weights, saved and loaded as any model is; fast processes."""
+import gc
 import multiprocessing
 import os
 import runpy
@@ -34,6 +35,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: long and rarely fails; left out unless -m asks for it")
     if not config.option.markexpr and not any("::" in argument for argument in config.args):
         config.option.markexpr = "not thorough"
+
+
+def pytest_collection_finish():
+    """What is there by now stays: Python need not look through it for garbage again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -347,8 +347,9 @@ def test_waits_double():
     assert all(wait <= gap < 1.5 * wait + SLACK for wait, gap in zip((0.1, 0.2, 0.4), gaps, strict=True))
 
 
-@pytest.mark.parametrize("status, wait", [(429, lambda: 1), (503, lambda: formatdate(time.time() + 2, usegmt=True))],
-                         ids=["seconds", "date"])
+@pytest.mark.parametrize("status, wait", [
+    pytest.param(429, lambda: 1, id="seconds"),
+    pytest.param(503, lambda: formatdate(time.time() + 2, usegmt=True), id="date", marks=pytest.mark.thorough)])
 def test_retry_after_is_honoured_as_seconds_and_as_a_date(status, wait):
     reply, _, server = ask([lambda handler, good: refuse(status, Retry_After=wait())(handler, good)])
     first, second = server.seen

@@ -366,9 +366,9 @@ def test_a_wrong_model_key_or_address_ends_the_evaluation_before_it_begins(tmp_p
 
 
 @pytest.mark.parametrize("fault, message", [
-    (refuse(401, "revoked"), "answers http_401 for model m (revoked)"),
     ("closed", "gives no reply: unreachable"),
     *[pytest.param(*case, marks=pytest.mark.thorough) for case in (
+        (refuse(401, "revoked"), "answers http_401 for model m (revoked)"),
         (refuse(403, "revoked"), "answers http_403 for model m (revoked)"),
         (refuse(429, "insufficient_quota"), "answers http_429 for model m (insufficient_quota)"),
         ("http_500", "gives no reply: http_500 (Try again later.)"))]])

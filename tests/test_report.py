@@ -720,6 +720,7 @@ def test_parts_without_a_value_have_no_curve_and_those_without_one_in_a_step_a_g
 
 
 @needs_browser
+@pytest.mark.thorough
 def test_2000_rollouts_open_within_two_seconds(tmp_path, browser):
     """With 400 images and 400 steps of metrics; only the first tasks are drawn, and the turns of opened rollouts."""
     run = tmp_path / "run"

@@ -211,6 +211,7 @@ def test_what_is_later_than_the_checkpoint_is_cut(run_folder, one_rank):
 
 # ---- a disk that is full, a folder that cannot be used -------------------------------------------------------------
 
+@pytest.mark.thorough
 def test_no_room_in_mid_checkpoint_ends_the_run_and_leaves_the_older_ones(run_folder):
     """A limit on the size of files stands for the full disk: the write fails just so, in the middle of a file."""
     process = start(run_folder, "--resume", steps=5, eval_tasks="")

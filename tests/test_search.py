@@ -416,6 +416,7 @@ def test_retry_after_is_honoured(serve, monkeypatch):
     assert 1.0 <= gaps(server)[0] < 1.5 + SLACK and result.seconds >= 1.0
 
 
+@pytest.mark.thorough
 def test_waits_grow(serve, monkeypatch):
     monkeypatch.setattr(tools, "RETRY_SECONDS", 10.0)
     server = serve(replies((500, {}, {}), (503, {}, {"Retry-After": formatdate(usegmt=True)}), (200, found("owl"), {})))
@@ -1277,6 +1278,7 @@ def test_evaluate_stops_at_its_search_budget_and_goes_on(serve, tmp_path):
     assert "budget" not in json.loads((out / "scores.json").read_text())["tools"]["errors"]
 
 
+@pytest.mark.thorough
 def test_training_goes_on_without_its_search_server(train, tmp_path):
     """The model reads why, the metrics count it, the policy is not blamed for it, and the console says so at once."""
     works = train.server.reply
