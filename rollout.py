@@ -155,7 +155,7 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
             sampled = time.perf_counter()
             acting = [r for r in live if r.stop is None]
             observations = _observe(policy, acting, tools, limits)
-            for rollout, (result, text) in zip(acting, observations, strict=True):
+            for rollout, (result, text) in zip(acting, observations):
                 _append_observation(policy, rollout, result, text, limits)
             spent["generate"] += sampled - start
             spent["tools"] += time.perf_counter() - sampled
@@ -210,7 +210,7 @@ def _append_action(policy: Policy, rollout: Rollout, ids: list[int], logps: list
     rollout.ids += ids
     rollout.action_mask += [1] * len(ids)
     rollout.logps += logps
-    has_ended = bool(ids) and ids[-1] == policy.end_id
+    has_ended = ids[-1:] == [policy.end_id]
     text = policy.tokenizer.decode(ids[:-1] if has_ended else ids)
     action = parse_action(text)
     rollout.turns.append(Turn(text, action))
@@ -341,7 +341,7 @@ def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) ->
     positions = token_inputs(policy, rollouts, "right")["position_ids"]  # (3, B, longest)
     ids, places, images, segments = [], [], [], []  # of the row
     targets, predictors, masks, logps = [], [], [], []  # of each rollout, behind its prompt
-    prompt, prompt_end = None, -1  # the place of its last token, which predicts each sample's first
+    prompt = None
     for b, rollout in enumerate(rollouts):
         before, prompt = prompt, prompt_of(policy, rollout)
         length, is_shared = len(prompt.ids), prompt == before
@@ -350,7 +350,7 @@ def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) ->
             places.append(positions[:, b, :length])
             images += prompt.images
             segments.append((length, []))
-            prompt_end = len(ids) - 1
+            prompt_end = len(ids) - 1  # predicts the first token of every sample
         sample_ids, start = rollout.ids[length:], len(ids)
         ids += sample_ids
         places.append(positions[:, b, length:len(rollout.ids)])
