@@ -240,7 +240,9 @@ def _observe(policy: Policy, rollouts: list[Rollout], tools: Tools, limits: Limi
         results = tool.run(tools, calls) if tools.is_on(tag) else [TOOLS_OFF] * len(calls)
         for i, result in zip(rows, results, strict=True):
             text = _shorten(policy, result.text, limits.max_observation_tokens)
-            observations[i] = result, tool.observation.format(text or IMAGE_READY)
+            if result.image and not text:
+                text = IMAGE_READY
+            observations[i] = result, tool.observation.format(text)
     return observations
 
 
@@ -356,15 +358,15 @@ def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) ->
         places.append(positions[:, b, length:len(rollout.ids)])
         images += rollout.images[len(prompt.images):]
         segments[-1][1].append(len(sample_ids))
-        targets.append(torch.tensor(sample_ids))
-        predictors.append(torch.tensor([prompt_end, *range(start, len(ids) - 1)]))
-        masks.append(torch.tensor(rollout.action_mask[length:]))
-        logps.append(torch.tensor(rollout.logps[length:]))
+        targets.append(sample_ids)
+        predictors.append([prompt_end, *range(start, len(ids) - 1)])
+        masks.append(rollout.action_mask[length:])
+        logps.append(rollout.logps[length:])
     inputs = {"input_ids": torch.tensor([ids], device=policy.device),  # (1, N)
               "position_ids": torch.cat(places, dim=1)[:, None]}  # (3, 1, N)
     targets, predictors, mask, logps = (
-        pad_sequence(rows, batch_first=True).to(policy.device)  # (B, T)
-        for rows in (targets, predictors, masks, logps))
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(policy.device)
+        for rows in (targets, predictors, masks, logps))  # (B, T) each
     return Batch(inputs | image_inputs(policy, images), segments, targets, predictors,
                  mask.bool(), logps, torch.tensor(advantages, device=policy.device))
 

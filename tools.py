@@ -1,5 +1,6 @@
 """The tools of the agent: find the action in a turn, run image code, search.
 
+    TOOLS                                       what the model may call, one entry a tool
     parse_action(text) -> Action                what the model asks for
     CodeTool().run_many([(code, image), …])     image code; each call in a child process that the kernel has locked in
     SearchTool("sqlite:index.sqlite")           search: a local corpus, a retrieval server or the web
@@ -73,7 +74,7 @@ from PIL import Image
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the released prompt's names
 MAX_ASPECT = 200  # of a picture's sides; Qwen's image processor refuses longer strips
 MAX_PIXELS = 4096 * 4096  # of a picture; what code and model see at most
-MIN_SIDE = 28  # pixels; a picture that code makes smaller than this, and than its input, is its mistake
+MIN_SIDE = 28  # pixels; code may make no smaller picture, unless its input was as small
 MAX_TEXT = 8_000  # bytes that the model reads of an error
 GRACE = 15.0  # seconds; a server that is silent for so long past the time limit counts as dead
 
@@ -81,7 +82,7 @@ GRACE = 15.0  # seconds; a server that is silent for so long past the time limit
 @dataclass(frozen=True)
 class ToolResult:
     ok: bool
-    text: str  # what the model reads; empty where the image says it all
+    text: str  # what the model reads; may be empty where there is an image
     image: Image.Image | None  # RGB
     error: str | None  # a short kind for the metrics, None when ok
     seconds: float
@@ -112,7 +113,10 @@ class Tools:
 
 
 class Tool(NamedTuple):
-    """What answers `<tag> content </tag>`. Any rollout may call it, whether or not its prompt says so."""
+    """What answers `<tag> content </tag>`; the tag is its key in TOOLS, of small letters.
+
+    Every rollout may call it, also one whose prompt does not name it.
+    """
     families: tuple[str, ...]  # of tasks whose full prompt names the tool
     instruction: str  # its line in that prompt
     run: Callable[[Tools, list[Call]], list[ToolResult]]  # of at least one call, in their order
@@ -147,7 +151,7 @@ TOOLS = {
 
 
 def action_tags() -> list[str]:
-    """The tags that a turn may end with."""
+    """All tags of an action: those of TOOLS, and the two that no tool answers."""
     return [*TOOLS, "problem", "answer"]
 
 
@@ -200,7 +204,7 @@ def _unfenced(text: str) -> str:
 
 
 def _fenced_blocks(text: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """(lines before the first block, (info line, text) of each block); the last may lack its end."""
+    """(lines before the first block, (info line, text) of each block). The last may be open."""
     before, blocks = [], []
     mark = None  # of the block that is open
     for line in re.split(r"\r\n?|\n", text.lstrip("\ufeff")):

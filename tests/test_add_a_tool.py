@@ -78,7 +78,7 @@ def test_the_readme_adds_this_tool():
     assert ADDED in section
 
 
-def test_its_image_is_a_new_one_of_the_context_and_none_of_it_is_trained_on(policy, live, zoom):
+def test_its_image_is_new_in_the_context_and_none_of_it_is_trained_on(policy, live, zoom):
     [rollout] = play(policy, [task()], {1: [ZOOM, ANSWER]}, live, prompt="full")
     call, answer = rollout.turns
     assert call.action == ("zoom", "500, 0, 1000, 500")

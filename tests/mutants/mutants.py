@@ -128,7 +128,7 @@ MUTANTS = [
            "places.append(positions[:, b, length:len(rollout.ids)])",
            "places.append(positions[:, b, length:len(rollout.ids)] + start - prompt_end - 1)", [f"{FORMULA}[grpo-300]"]),
     Mutant("first_token_from_neighbour", "the first token of a sample is predicted by the sample before", "rollout.py",
-           "torch.tensor([prompt_end, *range(", "torch.tensor([start - 1, *range(",
+           "predictors.append([prompt_end, *range(", "predictors.append([start - 1, *range(",
            [f"{ROLLOUT}::test_a_packed_group_in_literal_ids"]),
     Mutant("rows_go_on_with_anothers_padding", "rows that go on are hidden tokens that others lack", "model.py",
            "torch.nn.functional.pad(mask[going],", "torch.nn.functional.pad(mask[:len(going)],",
