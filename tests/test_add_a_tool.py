@@ -105,7 +105,7 @@ def test_its_image_is_new_in_the_context_and_none_of_it_is_trained_on(policy, li
 def test_the_full_prompt_of_its_family_names_it(zoom):
     coding, search = instructions("full", "coding"), instructions("full", "search")
     assert "then do exactly one of four things:\n- name what is wrong" in coding
-    assert "comes back;\n- enlarge a part of it: <zoom> left, top, right, bottom </zoom>, " in coding
+    assert "back;\n- enlarge a part of it: <zoom> left, top, right, bottom </zoom>, in" in coding
     assert coding.endswith("comes back;\n- answer as briefly as possible, and end: "
                            "<answer> answer </answer>")
     assert "zoom" not in search and "exactly one of two things" in search
@@ -190,8 +190,8 @@ def test_rewards_and_metrics_count_it_as_a_tool(policy, live, zoom, tmp_path):
     assert Image.open(tmp_path / row["turns"][0]["image"]).getpixel((3, 3)) == GREEN
     row |= {"reward_parts": parts, "reward": 2.0, "advantage": 0.0, "success": 1.0}
     metrics = rollout_metrics([row], parts)
-    assert (metrics["valid_turns"], metrics["tool_errors"], metrics["reward_tools"]) == (1, 0.5, 0.5)
-    assert metrics["searches_lost"] == 0
+    assert (metrics["valid_turns"], metrics["searches_lost"]) == (1.0, 0)
+    assert (metrics["tool_errors"], metrics["reward_tools"]) == (0.5, 0.5)
 
 
 def test_a_step_may_have_it_as_its_gold_action(policy, live, zoom, tmp_path):
