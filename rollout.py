@@ -3,11 +3,13 @@
     prompt | action 1 | observation 1 | action 2 | observation 2 | action 3
       0    |    1     |      0        |    1     |      0        |    1        action_mask
 
-The sequence is only ever appended to. The ids of an action are the ids that were sampled, end token included; they are never
-decoded and tokenised again. An observation is a user turn with text, and with a *new* image where the tool made one: the
-model thinks with a growing list of images, none is replaced.
+The sequence is only ever appended to. The ids of an action are the ids that were sampled, end token
+included; they are never decoded and tokenised again. An observation is a user turn with text, and
+with a *new* image where the tool made one: the model thinks with a growing list of images, and none
+is replaced.
 
-Rollouts know nothing of rewards: the caller scores them, and evaluation uses them as training does.
+Rollouts know nothing of rewards: the caller scores them. Evaluation uses them as training does.
+Which tools there are stands in `tools.TOOLS`.
 
 Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, N tokens of a packed row.
 """
@@ -17,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,30 +27,20 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo import Segments
-from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt, encode_text, image_inputs,
-                   prompt_of, sample, token_inputs)
-from tools import TOOLS_OFF, Action, CodeTool, SearchTool, ToolResult, open_picture, parse_action, to_rgb
+from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt,
+                   encode_text, image_inputs, prompt_of, sample, token_inputs)
+from tools import (TOOLS, TOOLS_OFF, Action, Call, ToolResult, Tools, open_picture, parse_action,
+                   to_rgb)
 
-# What stands after the question. `short` is for the laptop model, which learnt the form from demonstrations.
-PROMPTS = {
-    "short": {"search": "", "coding": ""},
-    "full": {
-        "search": """
-
-Answer the question about the image (if there is one) step by step. In every turn, first reason between <think> and \
-</think>, then do exactly one of two things:
-- look something up on the web with a text query: <search> query </search>. The results come back between <information> \
-and </information>. You may search several times.
-- answer as briefly as possible, and end: <answer> answer </answer>""",
-        "coding": """
-
-The image may be degraded. In every turn, first reason between <think> and </think>, then do exactly one of three things:
-- name what is wrong with the image, first of all: <problem> {'label', ...} </problem> with labels from rotation90, \
-rotation180, dark, overexposure, blur, noise, crop, none (crop: the question is about a part of the image);
-- repair it with Python between <code> and </code>, as a ```python block that reads 'path_to_input_image.jpg' and writes \
-'path_to_output_image.jpg' (Pillow, numpy or OpenCV). The processed image comes back;
-- answer as briefly as possible, and end: <answer> answer </answer>"""},
-}
+BEGINNINGS = {  # of the full instructions, by the family of the task
+    "search": "Answer the question about the image (if there is one) step by step.",
+    "coding": "The image may be degraded."}
+PROBLEM = (
+    "name what is wrong with the image, first of all: <problem> {'label', ...} </problem> with "
+    "labels from rotation90, rotation180, dark, overexposure, blur, noise, crop, none (crop: the "
+    "question is about a part of the image);")
+ANSWER = "answer as briefly as possible, and end: <answer> answer </answer>"
+NUMBERS = "no one two three four five six seven eight nine".split()
 TIP_REPAIR = "Write the code."
 TIP_NONE = "Answer the question."
 IMAGE_READY = "The processed image."
@@ -57,37 +49,30 @@ MAX_KEPT = 4 << 30  # bytes of tasks' images, as pictures and as patches, that a
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rollout may spend. A rollout that would exceed one ends there and keeps what it earned."""
+    """What a rollout may spend. At a limit it ends, and keeps what it has earned."""
     max_turns: int = 5
     max_new_tokens: int = 1024  # a turn
     max_tokens: int = 8192  # prompt, actions and observations together
     max_observation_tokens: int = 1024  # of a tool's text; a longer one is cut, with a mark
     max_images: int = 6  # in the context, the prompt's included
-    batch_tokens: int = 16384  # rows played side by side × max_tokens: bounds their keys and values
+    batch_tokens: int = 16384  # rows played side by side × max_tokens: bounds keys and values
     released_context: bool = False  # evaluation only: see `_restart`
-
-
-@dataclass(frozen=True)
-class Tools:
-    """The live tools; None answers every call with "switched off"."""
-    code: CodeTool | None = None
-    search: SearchTool | None = None
-    edit: Callable[[str, dict, tuple[int, int]], str] | None = None  # (code, task, image size) -> the code that is run instead
 
 
 @dataclass
 class Turn:
-    """One action of the policy and what came back. `text` is for people and rewards; the ids are in the rollout."""
+    """One action of the policy and what came back. `text` is for people and rewards."""
     text: str
     action: Action
-    result: ToolResult | None = None  # of a search or a code call
+    result: ToolResult | None = None  # of a tool's call
     observation: str | None = None  # None where the rollout ended with this turn
 
     @property
     def is_lost(self) -> bool:
-        """Whether its tool call was a search that failed through no fault of the policy: server, network or budget."""
+        """Whether a search failed through no fault of the policy: server, network or budget."""
         known = (None, "empty_query", "no_results", "off")
-        return self.action.kind == "search" and self.result is not None and self.result.error not in known
+        error = self.result.error if self.result else None
+        return self.action.kind == "search" and error not in known
 
 
 @dataclass
@@ -107,11 +92,11 @@ class Rollout:
 
 @dataclass
 class Batch:
-    """B rollouts in one row of N tokens without padding; a prompt that neighbours share stands in it once (`model.PackedRow`).
+    """B rollouts in one row of N tokens without padding, as `collate` packs them.
 
     The (B, T) tensors begin behind each rollout's prompt and are padded on the right.
     """
-    inputs: dict[str, torch.Tensor]  # input_ids (1, N), position_ids (3, 1, N), images in the order of the row
+    inputs: dict[str, torch.Tensor]  # input_ids (1, N), position_ids (3, 1, N), images in order
     segments: Segments  # tokens of each prompt, and of each of its samples
     targets: torch.Tensor  # (B, T) int64
     predictors: torch.Tensor  # (B, T) int64: the place in the row whose output predicts the token
@@ -123,62 +108,80 @@ class Batch:
 Sampler = Callable[[list[Rollout]], list[tuple[list[int], list[float]]]]
 
 
-def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *, group_size: int = 1,
-             temperature: float = 1.0, prompt: str = "short", sampler: Sampler | None = None,
-             interrupted: Callable[[], bool] = lambda: False) -> tuple[list[Rollout], dict[str, float]]:
-    """Play group_size episodes of each task with live tools. Returns B = P·G rollouts, those of a task side by side,
-    and what was spent: seconds as "generate" and "tools", and "padding", the share of the tokens fed to the policy that is.
+def instructions(prompt: str, family: str) -> str:
+    """What stands after the question of a task: with the prompt "full" what the model may do.
 
-    temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces the policy by any other
-    source of actions (a recorded chain, a demonstrator); it gets the live rollouts and returns (ids, log-probs) for each.
-    `interrupted` is asked before each turn; once it says True, rollouts come back as they are, and are to be thrown away.
-    Raises ValueError, naming the task, if a prompt leaves no room for one turn.
+    "short", for the laptop model, is empty: it learnt the form from demonstrations.
+    """
+    if prompt == "short":
+        return ""
+    actions = [PROBLEM] if family == "coding" else []
+    actions += [tool.instruction for tool in TOOLS.values() if family in tool.families]
+    actions.append(ANSWER)
+    return (f"\n\n{BEGINNINGS[family]} In every turn, first reason between <think> and </think>, "
+            f"then do exactly one of {NUMBERS[len(actions)]} things:\n- " + "\n- ".join(actions))
+
+
+def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
+             group_size: int = 1, temperature: float = 1.0, prompt: str = "short",
+             sampler: Sampler | None = None, interrupted: Callable[[], bool] = lambda: False
+             ) -> tuple[list[Rollout], dict[str, float]]:
+    """Play group_size episodes of each task with live tools.
+
+    Returns B = P·G rollouts, those of a task side by side, and what was spent: "generate" and
+    "tools" in seconds, and "padding", the share of padding in the tokens that the policy was fed.
+
+    temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces
+    the policy by any other source of actions (a recorded chain, a demonstrator); it gets the live
+    rollouts and returns (ids, log-probs) for each. `interrupted` is asked before each turn; once it
+    says True, rollouts come back as they are, and are to be thrown away. Raises ValueError, naming
+    the task, if a prompt leaves no room for one turn.
     """
     rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
-    seconds, fed = {"generate": 0.0, "tools": 0.0}, Counter()
+    spent, fed = {"generate": 0.0, "tools": 0.0}, Counter()
     if sampler is None:
-        sampler = partial(sample, policy, max_new_tokens=limits.max_new_tokens, temperature=temperature,
-                          interrupted=interrupted, fed=fed)
+        sampler = partial(sample, policy, max_new_tokens=limits.max_new_tokens,
+                          temperature=temperature, interrupted=interrupted, fed=fed)
     rows = max(1, limits.batch_tokens // limits.max_tokens)
-    for start in range(0, len(rollouts), rows):
-        if interrupted():
-            break
-        _play(policy, rollouts[start:start + rows], tools, limits, sampler, interrupted, seconds)
-    return rollouts, seconds | {"padding": 1 - fed["real"] / fed["all"] if fed else 0.0}
+    for first in range(0, len(rollouts), rows):
+        batch = rollouts[first:first + rows]
+        for turn in range(1, limits.max_turns + 1):
+            live = [r for r in batch if r.stop is None]
+            if not live or interrupted():
+                break
+            start = time.perf_counter()
+            for rollout, (ids, logps) in zip(live, sampler(live), strict=True):
+                _append_action(policy, rollout, ids, logps, is_last=turn == limits.max_turns)
+            sampled = time.perf_counter()
+            acting = [r for r in live if r.stop is None]
+            observations = _observe(policy, acting, tools, limits)
+            for rollout, (result, text) in zip(acting, observations):
+                _append_observation(policy, rollout, result, text, limits)
+            spent["generate"] += sampled - start
+            spent["tools"] += time.perf_counter() - sampled
+    spent["padding"] = 1 - fed["real"] / fed["all"] if fed else 0.0
+    return rollouts, spent
 
 
-def _play(policy, rollouts, tools, limits, sampler, interrupted, seconds):
-    """Turn by turn until all have ended; adds to the seconds."""
-    for turn in range(limits.max_turns):
-        live = [r for r in rollouts if r.stop is None]
-        if not live or interrupted():
-            break
-        start = time.perf_counter()
-        for rollout, (ids, logps) in zip(live, sampler(live), strict=True):
-            _append_action(policy, rollout, ids, logps, last=turn == limits.max_turns - 1)
-        seconds["generate"] += time.perf_counter() - start
-        start = time.perf_counter()
-        acting = [r for r in live if r.stop is None]
-        for rollout, (result, text, picture) in zip(acting, _observe(policy, acting, tools, limits), strict=True):
-            _append_observation(policy, rollout, result, text, picture, limits)
-        seconds["tools"] += time.perf_counter() - start
-
-
-def _open(policy, task, limits, group_size, prompt):
+def _open(policy: Policy, task: dict, limits: Limits, group_size: int, prompt: str
+          ) -> list[Rollout]:
     """group_size fresh rollouts of one task."""
-    picture, image = (None, None) if task["image"] is None else _load_image(policy, task["image"])
-    opening = task["question"] + PROMPTS[prompt][task["family"]]
-    ids = encode_prompt(policy, opening, image)
+    opening = task["question"] + instructions(prompt, task["family"])
+    pictures, images = [], []
+    if task["image"] is not None:
+        picture, image = _load_image(policy, task["image"])
+        pictures, images = [picture], [image]
+    ids = encode_prompt(policy, opening, images[0] if images else None)
     if len(ids) + limits.max_new_tokens > limits.max_tokens:
-        raise ValueError(f"task {task['id']}: its prompt has {len(ids)} tokens and leaves no room for a turn of "
-                         f"{limits.max_new_tokens} within {limits.max_tokens}; raise --max_tokens or lower --max_pixels")
-    pictures, images = ([], []) if image is None else ([picture], [image])
-    return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images), list(pictures), opening=opening)
-            for _ in range(group_size)]
+        raise ValueError(f"task {task['id']}: its prompt has {len(ids)} tokens and leaves no room "
+                         f"for a turn of {limits.max_new_tokens} within {limits.max_tokens}; "
+                         "raise --max_tokens or lower --max_pixels")
+    return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images),
+                    list(pictures), opening=opening) for _ in range(group_size)]
 
 
 def opening_error(policy: Policy, task: dict, limits: Limits, prompt: str) -> Exception | None:
-    """Why no rollout of a task can begin: an image that is gone or damaged, a prompt that leaves no room for a turn."""
+    """Why no rollout of a task can begin: an image that is gone or damaged, a prompt too long."""
     try:
         _open(policy, task, limits, 1, prompt)
     except Exception as error:  # of whatever kind: one task must not end a run of many
@@ -186,81 +189,81 @@ def opening_error(policy: Policy, task: dict, limits: Limits, prompt: str) -> Ex
     return None
 
 
-def _load_image(policy, image):
-    """(picture, encoded) of a picture, or of a path: kept for the next time as long as memory is cheap."""
-    is_path = not isinstance(image, Image.Image)
-    if is_path and image in policy.images:
+def _load_image(policy: Policy, image: str | Image.Image) -> tuple[Image.Image, EncodedImage]:
+    """(picture, encoded) of a picture, or of a path, which is kept for the next time."""
+    if isinstance(image, Image.Image):
+        picture = to_rgb(image)
+        return picture, encode_image(policy, picture)
+    if image in policy.images:
         return policy.images[image]
-    picture = open_picture(image) if is_path else to_rgb(image)
+    picture = open_picture(image)
     encoded = encode_image(policy, picture)
-    if is_path and sum(known.pixels.nbytes + 3 * p.width * p.height for p, known in policy.images.values()) < MAX_KEPT:
+    kept = policy.images.values()
+    if sum(known.pixels.nbytes + 3 * p.width * p.height for p, known in kept) < MAX_KEPT:
         policy.images[image] = picture, encoded
     return picture, encoded
 
 
-def _append_action(policy, rollout, ids, logps, last):
-    """Append sampled ids as they are, parse their text, and end the rollout if nothing can follow."""
+def _append_action(policy: Policy, rollout: Rollout, ids: list[int], logps: list[float],
+                   is_last: bool) -> None:
+    """Append sampled ids as they are, parse their text, end the rollout if nothing can follow."""
     rollout.ids += ids
     rollout.action_mask += [1] * len(ids)
     rollout.logps += logps
-    ended = bool(ids) and ids[-1] == policy.end_id
-    text = policy.tokenizer.decode(ids[:-1] if ended else ids)
+    has_ended = ids[-1:] == [policy.end_id]
+    text = policy.tokenizer.decode(ids[:-1] if has_ended else ids)
     action = parse_action(text)
     rollout.turns.append(Turn(text, action))
-    if not ended:
-        rollout.stop = "length"  # cut off in mid-turn: not an answer, even if one can be read in it
+    if not has_ended:
+        rollout.stop = "length"  # cut off in mid-turn: no answer, even if one can be read in it
     elif action.kind == "answer":
         rollout.stop, rollout.answer = "answer", action.content
     elif action.kind == "invalid":
         rollout.stop = "invalid"
-    elif last:
+    elif is_last:
         rollout.stop = "turns"
 
 
-def _observe(policy, rollouts, tools, limits):
-    """[(tool result or None, text, new picture or None)] for rollouts whose last action is search, code or problem."""
+def _observe(policy: Policy, rollouts: list[Rollout], tools: Tools, limits: Limits
+             ) -> list[tuple[ToolResult | None, str]]:
+    """What follows each rollout's last action: the result of a tool, and what the model reads.
+
+    A problem is answered with a tip, and with no result.
+    """
     actions = [r.turns[-1].action for r in rollouts]
-    results = dict.fromkeys(range(len(rollouts)), None)
-    searches = [i for i, a in enumerate(actions) if a.kind == "search"]
-    codes = [i for i, a in enumerate(actions) if a.kind == "code"]
-    if searches:
-        queries = [actions[i].content for i in searches]
-        found = tools.search.search_many(queries) if tools.search else [TOOLS_OFF] * len(queries)
-        results.update(zip(searches, found, strict=True))
-    if codes:
-        calls = [(actions[i].content, _code_input(rollouts[i])) for i in codes]
-        if tools.edit:
-            calls = [(tools.edit(code, rollouts[i].task, image.size), image) for i, (code, image) in zip(codes, calls)]
-        done = tools.code.run_many(calls) if tools.code else [TOOLS_OFF] * len(calls)
-        results.update(zip(codes, done, strict=True))
-    texts = [_shorten(policy, results[i].text, limits.max_observation_tokens) if results[i] else "" for i in results]
-    return [_observation(actions[i], results[i], texts[i]) for i in results]
+    observations = [(None, _tip(action.content)) for action in actions]
+    for tag, tool in TOOLS.items():
+        rows = [i for i, action in enumerate(actions) if action.kind == tag]
+        calls = [Call(actions[i].content, rollouts[i].pictures, rollouts[i].task) for i in rows]
+        if not calls:
+            continue
+        results = tool.run(tools, calls) if tools.is_on(tag) else [TOOLS_OFF] * len(calls)
+        for i, result in zip(rows, results, strict=True):
+            text = _shorten(policy, result.text, limits.max_observation_tokens)
+            if result.image and not text:
+                text = IMAGE_READY
+            observations[i] = result, tool.observation.format(text)
+    return observations
 
 
-def _shorten(policy, text, tokens):
+def _tip(labels: str) -> str:
+    return TIP_NONE if "none" in re.findall(r"\w+", labels.lower()) else TIP_REPAIR
+
+
+def _shorten(policy: Policy, text: str, num_tokens: int) -> str:
     ids = encode_text(policy, text)
-    return text if len(ids) <= tokens else policy.tokenizer.decode(ids[:tokens]).rstrip("\ufffd") + " […]"
+    if len(ids) <= num_tokens:
+        return text
+    return policy.tokenizer.decode(ids[:num_tokens]).rstrip("\ufffd") + " […]"
 
 
-def _code_input(rollout):
-    """Code reads the prompt's image: repairs do not pile up, as in the released chains. A blank stands in for none."""
-    return rollout.pictures[0] if rollout.pictures else Image.new("RGB", (28, 28))
-
-
-def _observation(action, result, text):
-    if action.kind == "problem":
-        labels = re.findall(r"\w+", action.content.lower())
-        return None, TIP_NONE if "none" in labels else TIP_REPAIR, None
-    if action.kind == "search":
-        return result, f"<information> {text} </information>", None
-    return result, IMAGE_READY if result.ok else text, result.image
-
-
-def _append_observation(policy, rollout, result, text, picture, limits):
-    """Append a user turn, or end the rollout where the budget has no room for it and a whole turn after it."""
+def _append_observation(policy: Policy, rollout: Rollout, result: ToolResult | None, text: str,
+                        limits: Limits) -> None:
+    """Append a user turn, or end the rollout where that and a whole turn after it have no room."""
     turn = rollout.turns[-1]
     turn.result = result
-    image = encode_image(policy, picture) if picture is not None else None
+    picture = result.image if result else None
+    image = encode_image(policy, picture) if picture else None
     if image is not None and len(rollout.images) >= limits.max_images:
         rollout.stop = "images"
         return
@@ -270,7 +273,8 @@ def _append_observation(policy, rollout, result, text, picture, limits):
         return
     turn.observation = text
     if limits.released_context:
-        return _restart(policy, rollout, image)
+        _restart(policy, rollout, image)
+        return
     rollout.ids += ids
     rollout.action_mask += [0] * len(ids)
     rollout.logps += [0.0] * len(ids)
@@ -279,77 +283,100 @@ def _append_observation(policy, rollout, result, text, picture, limits):
         rollout.pictures.append(picture)
 
 
-def _restart(policy, rollout, image):
-    """The context of the released evaluation: a first user turn anew, with the chain so far pasted behind the question as
-    text, and with the newest image instead of all others."""
+def _restart(policy: Policy, rollout: Rollout, image: EncodedImage | None) -> None:
+    """The context of the released evaluation: one user turn with the newest image alone.
+
+    The chain so far is pasted behind the question as text.
+    """
     rollout.images = rollout.images[:1] if image is None else [image]
     chain = "".join(f"\n{turn.text}\n{turn.observation}" for turn in rollout.turns)
-    rollout.ids = encode_prompt(policy, rollout.opening + chain, rollout.images[0] if rollout.images else None)
+    rollout.ids = encode_prompt(policy, rollout.opening + chain,
+                                rollout.images[0] if rollout.images else None)
     rollout.action_mask, rollout.logps = [0] * len(rollout.ids), [0.0] * len(rollout.ids)
 
 
 def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
-    """A rollout as a JSON row for people. With a folder, the images that its tools made are written to folder/name-TURN.png."""
+    """A rollout as a JSON row for people.
+
+    With a folder, the images that its tools made are written to folder/name-TURN.png.
+    """
     turns = []
     for n, turn in enumerate(rollout.turns):
         row = {"text": turn.text, "action": turn.action.kind, "observation": turn.observation}
-        if turn.result is not None:
-            row |= {"ok": turn.result.ok, "error": turn.result.error, "lost": turn.is_lost,
-                    "seconds": round(turn.result.seconds, 4)}
-            if folder is not None and turn.result.image is not None:
+        if result := turn.result:
+            row |= {"ok": result.ok, "error": result.error, "lost": turn.is_lost,
+                    "seconds": round(result.seconds, 4)}
+            if folder and result.image:
                 row["image"] = f"{name}-{n}.png"
                 (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)
-                turn.result.image.save(folder / row["image"])
+                result.image.save(folder / row["image"])
         turns.append(row)
     task = rollout.task
     return {"id": task["id"], "question": task["question"], "prompt": rollout.opening,
-            "image": None if task["image"] is None else str(task["image"]), "turns": turns, "answer": rollout.answer,
-            "answers": task["answers"], "stop": rollout.stop, "tokens": len(rollout.ids)}
+            "image": None if task["image"] is None else str(task["image"]), "turns": turns,
+            "answer": rollout.answer, "answers": task["answers"], "stop": rollout.stop,
+            "tokens": len(rollout.ids)}
 
 
 def replay(policy: Policy, chain_of: Callable[[dict], list[str]]) -> Sampler:
-    """A sampler that plays recorded chains: chain_of(task) is the text of its turns. Log-probs are 0.0."""
-    def sample(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
-        chains = [chain_of(r.task) for r in live]
-        texts = [chain[len(r.turns)] for r, chain in zip(live, chains)]
+    """A sampler that plays recorded chains, the texts of the turns of a task. Log-probs are 0.0."""
+    def sampler(live: list[Rollout]) -> list[tuple[list[int], list[float]]]:
+        texts = [chain_of(r.task)[len(r.turns)] for r in live]
         actions = [encode_text(policy, text) + [policy.end_id] for text in texts]
         return [(ids, [0.0] * len(ids)) for ids in actions]
-    return sample
+    return sampler
 
 
 def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) -> Batch:
-    """Pack B rollouts into one batch; advantages are in their order. Every rollout has sampled at least one token.
+    """Pack B rollouts into one row; advantages are in their order. Each has sampled a token.
 
-    Neighbours of the same prompt share it, so that G of them cost P + G·C tokens instead of G·(P + C).
+    Neighbours with the same prompt share it: G of them cost P + G·C tokens, not G·(P + C). With
+    G = 2, the prompt [10, 11] and the samples [20, 21, 9] and [30, 9]:
+
+        place in the row    0  1 |  2  3  4 |  5  6
+        input_ids          10 11 | 20 21  9 | 30  9
+        position_ids        0  1 |  2  3  4 |  2  3     each sample goes on where the prompt ends
+        targets            [[20, 21, 9], [30, 9, 0]]
+        predictors         [[ 1,  2, 3], [ 1, 5, 0]]    the prompt's last place predicts 20 and 30
+        segments           [(2, [3, 2])]                one prompt of 2 tokens, samples of 3 and 2
     """
     positions = token_inputs(policy, rollouts, "right")["position_ids"]  # (3, B, longest)
-    ids, places, images, segments, targets, predictors = [], [], [], [], [], []
-    for prompt, group in groupby(enumerate(rollouts), key=lambda row: prompt_of(policy, row[1])):
-        group, length, shown = list(group), len(prompt.ids), len(prompt.images)
-        places.append(positions[:, group[0][0], :length])
-        images += prompt.images
-        ids += prompt.ids
-        last = len(ids) - 1  # predicts the first token of every sample
-        for b, rollout in group:
-            sample = rollout.ids[length:]
-            predictors.append(torch.tensor([last, *range(len(ids), len(ids) + len(sample) - 1)]))
-            targets.append(torch.tensor(sample))
-            places.append(positions[:, b, length:len(rollout.ids)])
-            images += rollout.images[shown:]
-            ids += sample
-        segments.append((length, [len(rollout.ids) - length for _, rollout in group]))
-    inputs = {"input_ids": torch.tensor([ids], device=policy.device), "position_ids": torch.cat(places, dim=1)[:, None]}
-    lengths = [len(ids) for ids in targets]
-    masks = [torch.tensor(r.action_mask[-n:]) for r, n in zip(rollouts, lengths)]
-    logps = [torch.tensor(r.logps[-n:]) for r, n in zip(rollouts, lengths)]
-    targets, predictors, mask, logps = (pad_sequence(rows, batch_first=True).to(policy.device)  # (B, T)
-                                        for rows in (targets, predictors, masks, logps))
-    return Batch(inputs | image_inputs(policy, images), segments, targets, predictors, mask.bool(), logps,
-                 torch.tensor(advantages, dtype=torch.float32, device=policy.device))
+    ids, places, images, segments = [], [], [], []  # of the row
+    targets, predictors, masks, logps = [], [], [], []  # of each rollout, behind its prompt
+    prompt = None
+    for b, rollout in enumerate(rollouts):
+        before, prompt = prompt, prompt_of(policy, rollout)
+        length, is_shared = len(prompt.ids), prompt == before
+        if not is_shared:
+            ids += prompt.ids
+            places.append(positions[:, b, :length])
+            images += prompt.images
+            segments.append((length, []))
+            prompt_end = len(ids) - 1  # predicts the first token of every sample
+        sample_ids, start = rollout.ids[length:], len(ids)
+        ids += sample_ids
+        places.append(positions[:, b, length:len(rollout.ids)])
+        images += rollout.images[len(prompt.images):]
+        segments[-1][1].append(len(sample_ids))
+        targets.append(sample_ids)
+        predictors.append([prompt_end, *range(start, len(ids) - 1)])
+        masks.append(rollout.action_mask[length:])
+        logps.append(rollout.logps[length:])
+    inputs = {"input_ids": torch.tensor([ids], device=policy.device),  # (1, N)
+              "position_ids": torch.cat(places, dim=1)[:, None]}  # (3, 1, N)
+    targets, predictors, mask, logps = (
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(policy.device)
+        for rows in (targets, predictors, masks, logps))  # (B, T) each
+    return Batch(inputs | image_inputs(policy, images), segments, targets, predictors,
+                 mask.bool(), logps, torch.tensor(advantages, device=policy.device))
 
 
-def micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list[float], tokens: int) -> list[Batch]:
-    """Cut rollouts, in their order, into batches of at most `tokens` packed tokens; one that is longer stands alone."""
+def micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list[float], tokens: int
+                  ) -> list[Batch]:
+    """Cut rollouts, in their order, into batches of at most `tokens` packed tokens.
+
+    A rollout that is longer stands alone.
+    """
     cuts, packed, prompt = [0], 0, None
     for i, rollout in enumerate(rollouts):
         before, prompt = prompt, prompt_of(policy, rollout)
@@ -358,4 +385,5 @@ def micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list[floa
             cuts.append(i)
             packed, new = 0, len(rollout.ids)
         packed += new
-    return [collate(policy, rollouts[a:b], advantages[a:b]) for a, b in zip(cuts, [*cuts[1:], len(rollouts)])]
+    cuts.append(len(rollouts))
+    return [collate(policy, rollouts[a:b], advantages[a:b]) for a, b in pairwise(cuts)]

@@ -1,5 +1,6 @@
 """The tools of the agent: find the action in a turn, run image code, search.
 
+    TOOLS                                       what the model may call, one entry a tool
     parse_action(text) -> Action                what the model asks for
     CodeTool().run_many([(code, image), …])     image code; each call in a child process that the kernel has locked in
     SearchTool("sqlite:index.sqlite")           search: a local corpus, a retrieval server or the web
@@ -70,9 +71,10 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from PIL import Image
 
-INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the names that the released prompt gives
-MAX_ASPECT, MAX_PIXELS = 200, 4096 * 4096  # Qwen's image processor refuses longer strips; what code and model see at most
-MIN_SIDE = 28  # pixels; a picture that code makes smaller than this, and than its input, is its mistake
+INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the released prompt's names
+MAX_ASPECT = 200  # of a picture's sides; Qwen's image processor refuses longer strips
+MAX_PIXELS = 4096 * 4096  # of a picture; what code and model see at most
+MIN_SIDE = 28  # pixels; code may make no smaller picture, unless its input was as small
 MAX_TEXT = 8_000  # bytes that the model reads of an error
 GRACE = 15.0  # seconds; a server that is silent for so long past the time limit counts as dead
 
@@ -80,7 +82,7 @@ GRACE = 15.0  # seconds; a server that is silent for so long past the time limit
 @dataclass(frozen=True)
 class ToolResult:
     ok: bool
-    text: str  # what the model reads
+    text: str  # what the model reads; may be empty where there is an image
     image: Image.Image | None  # RGB
     error: str | None  # a short kind for the metrics, None when ok
     seconds: float
@@ -89,29 +91,96 @@ class ToolResult:
 TOOLS_OFF = ToolResult(False, "The tool is switched off.", None, "off", 0.0)
 
 
+# ---- the table of tools
+class Call(NamedTuple):
+    content: str  # what stands between the tags
+    pictures: list[Image.Image]  # that the model has seen, the task's own first
+    task: dict
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The live tools; a call of one that is None is answered that it is switched off."""
+    code: "CodeTool | None" = None
+    search: "SearchTool | None" = None
+    # (code, task, image size) -> the code that is run instead
+    edit: Callable[[str, dict, tuple[int, int]], str] | None = None
+
+    def is_on(self, tag: str) -> bool:
+        """Whether the tool of a tag runs. One that is no field here is on where any other is."""
+        live = {"code": self.code, "search": self.search}
+        return live.get(tag, self.code or self.search) is not None
+
+
+class Tool(NamedTuple):
+    """What answers `<tag> content </tag>`; the tag is its key in TOOLS, of small letters.
+
+    Every rollout may call it, also one whose prompt does not name it.
+    """
+    families: tuple[str, ...]  # of tasks whose full prompt names the tool
+    instruction: str  # its line in that prompt
+    run: Callable[[Tools, list[Call]], list[ToolResult]]  # of at least one call, in their order
+    observation: str = "{}"  # what the model reads; {} is the result's text
+
+
+def _process(tools: Tools, calls: list[Call]) -> list[ToolResult]:
+    """Code reads the task's image: repairs do not pile up, as in the released chains."""
+    pairs = []
+    for call in calls:
+        image = call.pictures[0] if call.pictures else Image.new("RGB", (MIN_SIDE, MIN_SIDE))
+        edited = tools.edit(call.content, call.task, image.size) if tools.edit else call.content
+        pairs.append((edited, image))
+    return tools.code.run_many(pairs)
+
+
+TOOLS = {
+    "search": Tool(
+        families=("search",),
+        instruction="look something up on the web with a text query: <search> query </search>. The "
+                    "results come back between <information> and </information>. You may search "
+                    "several times.",
+        run=lambda tools, calls: tools.search.search_many([call.content for call in calls]),
+        observation="<information> {} </information>"),
+    "code": Tool(
+        families=("coding",),
+        instruction="repair it with Python between <code> and </code>, as a ```python block that "
+                    f"reads '{INPUT}' and writes '{OUTPUT}' (Pillow, numpy or OpenCV). The "
+                    "processed image comes back;",
+        run=_process),
+}
+
+
+def action_tags() -> list[str]:
+    """All tags of an action: those of TOOLS, and the two that no tool answers."""
+    return [*TOOLS, "problem", "answer"]
+
+
 # ---- the action of a turn
 class Action(NamedTuple):
-    kind: str  # "search", "problem", "code", "answer" or "invalid"
+    kind: str  # one of action_tags(), or "invalid"
     content: str
 
 
-TAG = re.compile(r"<(/?)(search|problem|code|answer)>")
 # A line that opens a fenced block: perhaps some prose, the marks, and what stands behind them.
 FENCE = re.compile(r"""(?:[^`~'"#=(]*|.*[:.][ \t]*)(`{3,}|~{3,})(.*)""")
-FENCED_CODE = re.compile(r"\bimport\b|;|\w\(|\s=\s|\A(?!lang)\w+=")  # on the fence's own line: code, no info line
+CODE_BEHIND_FENCE = re.compile(r"\bimport\b|;|\w\(|\s=\s|\A(?!lang)\w+=")  # not an info line
 LANGUAGE = re.compile(r"\s*(?:python|py)?[\d.]*\b", re.IGNORECASE)
 PYTHON_LINE = re.compile(r"\A\s*(?:python|py)[\d.]*(?: code)?[ \t]*:?[ \t]*\n", re.IGNORECASE)
+STATEMENT = re.compile(r"[ \t]*[\w.]+(?:[ \t]*=|\()")  # a line of code: a call, an assignment
+PRINTED = re.compile(r"\W*(?:output|stdout|console|result|te?xt)", re.IGNORECASE)  # an info line
+ANNOUNCEMENT = re.compile(r"\n.*:[*\s]*\Z")  # a last line such as "Output:"
 
 
 def parse_action(text: str) -> Action:
-    """The action of a turn: the only `<tag>…</tag>` behind the first `</think>` (in all of the text without it).
+    """The action of a turn: the only `<tag>…</tag>` behind the first `</think>`.
 
-    The content is stripped; of code, the first fenced block is taken if there is one. Anything but one opening tag and its
-    closing tag (a third action tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length.
+    Without `</think>` it is sought in all of the text. The content is stripped; of code, the first
+    fenced block is taken if there is one. Anything but one opening tag and its closing tag (a third
+    tag inside the pair, or an unpaired one) is Action("invalid", text). Linear in the length.
     """
     _, think, after = text.partition("</think>")
     turn = after if think else text
-    tags = list(TAG.finditer(turn))
+    tags = list(re.finditer(rf"<(/?)({'|'.join(action_tags())})>", turn))
     if [tag[1] for tag in tags] != ["", "/"] or tags[0][2] != tags[1][2]:
         return Action("invalid", text)
     kind, content = tags[0][2], turn[tags[0].end():tags[1].start()].strip()
@@ -119,9 +188,25 @@ def parse_action(text: str) -> Action:
 
 
 def _unfenced(text: str) -> str:
-    """Code as a model wrote it: the first fenced block that is called Python, or the first with anything in it, or, without
-    a fence, all of the text; in any case without a first line that only says python."""
-    before, blocks, mark = [], [], None  # lines; (info line, lines) of each block; the marks of the one that is open
+    """Code as a model wrote it: the first fenced block that is called Python, or the first block.
+
+    Empty blocks do not count. Code without a fence wins over a block of what it printed. Without a
+    block it is all of the text. A first line that only says python is left out.
+    """
+    before, blocks = _fenced_blocks(text)
+    codes = [(info, textwrap.dedent(code)) for info, code in blocks if code.strip()]
+    if codes and PRINTED.match(codes[0][0]) and any(map(STATEMENT.match, before)):
+        codes[0] = "", ANNOUNCEMENT.sub("", "\n".join(before))
+    named = [code for info, code in codes if re.search(r"\bpy", info, re.IGNORECASE)]
+    plain = "\n".join(before).removesuffix("```")
+    code = next(iter(named or [code for _, code in codes]), plain)
+    return PYTHON_LINE.sub("", code).strip()
+
+
+def _fenced_blocks(text: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """(lines before the first block, (info line, text) of each block). The last may be open."""
+    before, blocks = [], []
+    mark = None  # of the block that is open
     for line in re.split(r"\r\n?|\n", text.lstrip("\ufeff")):
         if mark and line.lstrip().startswith(mark):
             mark = None
@@ -129,21 +214,17 @@ def _unfenced(text: str) -> str:
         if mark is None:
             fence = FENCE.match(line)
             if not fence:
-                before += [line] if not blocks else []  # what stands between and behind blocks is prose
+                before += [line] if not blocks else []  # prose between and behind blocks is dropped
                 continue
             mark, info = fence.groups()
             blocks.append((info, []))
-            if not FENCED_CODE.search(info):
+            if not CODE_BEHIND_FENCE.search(info):
                 continue
             line = LANGUAGE.sub("", info, count=1)
         if line.rstrip().endswith(mark) and "#" not in line:  # closed behind the code
             line, mark = line.rstrip().rstrip(mark[0]), None
         blocks[-1][1].append(line)
-    codes = [(info, textwrap.dedent("\n".join(lines))) for info, lines in blocks if "".join(lines).strip()]
-    named = [code for info, code in codes if re.search(r"\bpy", info, re.IGNORECASE)]
-    plain = "\n".join(before).removesuffix("```")
-    code = next(iter(named or [code for _, code in codes]), plain)
-    return PYTHON_LINE.sub("", code).strip()
+    return before, [(info, "\n".join(lines)) for info, lines in blocks]
 
 
 # ---- pictures: one way to read a file, one way to make RGB

@@ -45,7 +45,7 @@ from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, copy
                    score, start_ranks)
 from reward import STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward, weighted_sum
 from rollout import Limits, Rollout, Tools, collate, micro_batches, opening_error, roll_out, rollout_row
-from tools import CodeTool, SearchTool, parse_action
+from tools import CodeTool, SearchTool, action_tags, parse_action
 
 
 def list_weights(weights: dict[str, float]) -> str:
@@ -202,13 +202,15 @@ def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
     task, turns = rollout.task, rollout.turns
     if mode == "step":
         action, gold = turns[0].action, parse_action(task["solution"])
-        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"])
+        return step_reward(turns[0].text, action.kind, action.content, gold.kind, gold.content, golds=task["answers"],
+                           tags=action_tags())
     results = [(turn.action.kind, turn.result) for turn in turns if turn.result is not None and not turn.is_lost]
     return episode_reward(
         [turn.text for turn in turns], rollout.answer, task["answers"],
         problem=next((turn.action.content for turn in turns if turn.action.kind == "problem"), None),
         gold_labels=task["type"] or None if task["family"] == "coding" else None, tool_oks=[result.ok for _, result in results],
-        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None)
+        evidence=[result.text for kind, result in results if kind == "search"] if task["family"] == "search" else None,
+        tags=action_tags())
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ import make_tasks
 from build_index import index_corpus, read_corpus
 from model import encode_image, encode_prompt, export, load_policy, score
 from reward import exact_match
-from rollout import (IMAGE_READY, PROMPTS, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate, micro_batches, replay,
-                     roll_out)
+from rollout import (IMAGE_READY, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate, instructions, micro_batches,
+                     replay, roll_out)
 from tools import CodeTool, SearchTool
 
 # Qwen's special tokens in the order of the hub's tokenizer (ids 151643 and up there, the last ids here).
@@ -64,7 +64,8 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE cut like Qwen's and trained on everything that the offline tasks can say."""
     rng = random.Random(0)
     known = make_tasks.facts(0)
-    texts = [CHAT_TEMPLATE, *PROMPTS["full"].values(), TIP_NONE, TIP_REPAIR, IMAGE_READY, *CAPTIONS.values()]
+    prompts = [instructions("full", family) for family in ("search", "coding")]
+    texts = [CHAT_TEMPLATE, *prompts, TIP_NONE, TIP_REPAIR, IMAGE_READY, *CAPTIONS.values()]
     texts += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"] * 50
     for _ in range(500):
         task = make_tasks.coding_task(rng, rng.choice(make_tasks.KINDS))

@@ -97,7 +97,7 @@ def _task(row: dict, number: int, folders: list[Path], blank_allowed: bool) -> d
         question = f"{question}\n{row['context']}"  # MAT's coding steps keep the chain so far apart
     solution = _text(row, "solution") if is_step else None
     key = next((key for key in ANSWER_KEYS if key in row), "answers")
-    is_early = is_step and parse_action(solution).kind in ("search", "problem", "code")
+    is_early = is_step and parse_action(solution).kind not in ("answer", "invalid")
     if (is_step and _is_blank(row.get(key))) or (is_early and key == "gt"):
         answers = []  # the gt of one of MAT's early steps is that step's, not the answer to the question
     else:

@@ -24,7 +24,7 @@ from data.tasks import load_tasks
 from evaluate import PROBE, ApiFailed, ApiRefused, ChatModel, chat_messages, read_prices, with_thought
 from model import encode_text
 from reward import turn_is_valid
-from rollout import PROMPTS, Limits, Rollout, Tools, Turn, roll_out
+from rollout import Limits, Rollout, Tools, Turn, instructions, roll_out
 from tools import Action, CodeTool, SearchTool, ToolResult
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def test_an_endpoint_is_shown_what_the_local_model_sees(policy, image, prompt, h
         search = SearchTool(f"sqlite:{ROOT}/data/offline/corpus.sqlite")
         (rollout,), _ = roll_out(policy, [task], Tools(code, search), Limits(5, 99, 8192), prompt=prompt, sampler=sampler)
     assert (rollout.stop, rollout.answer, [turn.text for turn in rollout.turns]) == ("answer", "C", CHAIN)
-    assert rollout.opening == task["question"] + PROMPTS[prompt]["coding"]
+    assert rollout.opening == task["question"] + instructions(prompt, "coding")
     for request, ids in zip(server.seen, seen_locally, strict=True):
         sent, local = request.body["messages"], policy.tokenizer.decode(ids)
         assert sent == server.seen[-1].body["messages"][:len(sent)]
@@ -643,7 +643,7 @@ def test_the_server_as_a_command_knows_tasks_by_their_pixels():
             chat = ChatModel(url, "stand-in", backoff=0.01)
             for task in load_tasks(ROOT / "data" / "offline" / "heldout.json")[::25]:
                 picture = tools.open_picture(task["image"])
-                opening = task["question"] + PROMPTS["full"][task["family"]]
+                opening = task["question"] + instructions("full", task["family"])
                 rollout = Rollout(task, [], [], [], pictures=[picture], opening=opening)
                 text, _ = chat.reply(rollout)
                 rollout.turns.append(Turn(text, tools.parse_action(text), None, "What now?"))

@@ -17,7 +17,7 @@ from evaluate import (ASKED, PROBE, ChatModel, _append_items, _one_turn_answer, 
                       released_crop, summarize)
 from model import encode_prompt, load_policy, sample
 from PIL import Image, ImageOps
-from rollout import PROMPTS, Limits, Rollout, Tools, replay, roll_out
+from rollout import Limits, Rollout, Tools, instructions, replay, roll_out
 from tools import CodeTool, SearchTool, ToolResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,7 +257,7 @@ def test_without_tools_a_search_ends_the_one_turn(monkeypatch):
 
 def test_with_tools_the_instructions_are_those_of_training(monkeypatch):
     openings, [row] = asked(monkeypatch, "agent", [QUESTION])
-    assert openings == ["Which city?" + PROMPTS["full"]["search"]]
+    assert openings == ["Which city?" + instructions("full", "search")]
     assert (row["pred_answer"], row["stop"]) == (None, "invalid")  # no tag, no answer
 
 

@@ -1,4 +1,4 @@
-"""reward.py: scores against hand-computed values and published predictions, and every edge of the rewards."""
+"""reward.py: scores against values computed by hand and published predictions, and every edge."""
 import json
 import subprocess
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from reward import (STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, f1_score, grade, normalize_answer, parse_weights,
-                    problem_labels, problem_score, step_reward, turn_is_valid, weighted_sum)
+from reward import (STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, f1_score, grade,
+                    normalize_answer, parse_weights, problem_labels, problem_score, step_reward,
+                    turn_is_valid, weighted_sum)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -50,7 +51,8 @@ def test_chinese_normalisation(text, expected):
     ("red car", ["blue car"], 0.5, 0.0),  # 2·1 / (2 + 2)
     ("car", ["red car"], 2 / 3, 0.0),  # 2·1 / (1 + 2)
     ("car car car", ["red car"], 0.4, 0.0),  # 2·1 / (3 + 2): sets meet, lists are counted
-    ("New York New York", ["New York, New York"], 1.0, 1.0),  # 2·2 / (4 + 4) = 0.5, were it not an exact match
+    # 2·2 / (4 + 4) = 0.5, were it not an exact match
+    ("New York New York", ["New York, New York"], 1.0, 1.0),
     ("New York New York City", ["New York, New York"], 4 / 9, 0.0),
     ("dog", ["red car"], 0.0, 0.0),
     ("dog", ["cat", "dog house", "a dog and a cat"], 2 / 3, 0.0),  # the best gold counts
@@ -89,7 +91,8 @@ def test_chinese_scores_characters(prediction, golds, f1, em):
 
 
 @pytest.mark.parametrize("prediction, gold, chinese, published, fair", [
-    ("FOOD DIRECTORY", r"FOOD\nDIRECTORY", True, (0.0, 0.0), (1.0, 1.0)),  # a backslash and an n, read as "foodndirectory"
+    # a backslash and an n, read as "foodndirectory"
+    ("FOOD DIRECTORY", r"FOOD\nDIRECTORY", True, (0.0, 0.0), (1.0, 1.0)),
     (r"FOOD\nDIRECTORY", "FOOD DIRECTORY", True, (0.0, 0.0), (1.0, 1.0)),
     ("FOOD", r"FOOD\nDIRECTORY", True, (0.0, 0.0), (2 / 3, 0.0)),
     ("FOOD DIRECTORY", "FOOD\nDIRECTORY", True, (1.0, 1.0), (1.0, 1.0)),
@@ -132,19 +135,26 @@ def test_published_predictions_give_the_published_figures(name, num_simple, chin
     rows = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
     for part, expected in zip((rows[:num_simple], rows[num_simple:], rows), published, strict=True):
         golds = [[row["gt"]] if isinstance(row["gt"], str) else row["gt"] for row in part]
-        grades = [grade(row["pred_answer"], gold, chinese, fair=False) for row, gold in zip(part, golds, strict=True)]
+        grades = [grade(row["pred_answer"], gold, chinese, fair=False)
+                  for row, gold in zip(part, golds, strict=True)]
         figures = [100 * sum(column) / len(part) for column in zip(*grades, strict=True)]
         assert figures == pytest.approx(expected, abs=0.005)  # the paper prints two decimals
 
 
 def test_an_oracle_reaches_the_known_ceiling_of_mat_coding_and_all_of_it_when_scored_fairly():
-    """15 golds with a literal backslash-n cap the released scores at 94.41/92.50, even for the golds as they were meant."""
+    """15 golds with a literal backslash-n cap the released scores at 94.41/92.50.
+
+    That holds even for the golds as they were meant.
+    """
     if not GOLDEN.exists():
         pytest.skip("the released predictions do not belong to the project and are not beside it")
-    golds = [row["gt"] for row in json.loads((GOLDEN / "mat_coding_3b.json").read_text(encoding="utf-8"))]
+    rows = json.loads((GOLDEN / "mat_coding_3b.json").read_text(encoding="utf-8"))
+    golds = [row["gt"] for row in rows]
     for fair, ceiling in ((False, (94.41, 92.50)), (True, (100.0, 100.0))):
-        grades = [grade(gold[0].replace(r"\n", "\n"), gold, chinese=True, fair=fair) for gold in golds]
-        assert [sum(column) / 2 for column in zip(*grades, strict=True)] == pytest.approx(ceiling, abs=0.005)
+        grades = [grade(gold[0].replace(r"\n", "\n"), gold, chinese=True, fair=fair)
+                  for gold in golds]
+        figures = [sum(column) / 2 for column in zip(*grades, strict=True)]
+        assert figures == pytest.approx(ceiling, abs=0.005)
 
 
 # ---------------------------------------------------------------- format
@@ -182,7 +192,8 @@ def test_valid_turns(text):
     THINK + "<answer> a </answer><answer> Paris </answer>",
     THINK + "<answer> <answer> Paris </answer>",
     THINK + "<answer> <search> Paris </answer>",
-    "<think> shall I <search>? </think><answer> Paris </answer>",  # the released code lets this pass
+    # the released code lets this pass
+    "<think> shall I <search>? </think><answer> Paris </answer>",
     "<think> a <answer> Paris </answer></think>",
     "<answer> a </answer>\n<think> Paris </think>",
     "<Think> a </Think><answer> Paris </answer>",
@@ -199,8 +210,10 @@ def test_no_tag_may_stand_in_a_thought_or_an_action(tag, slash):
 
 
 @pytest.mark.parametrize("text", [
-    "<think>" * 14_000, "<think></think>" + " " * 100_000, "<think>" + "</think> " * 11_000 + "<answer>", "<" * 100_000,
-    "<think></think><answer>" + "</" * 50_000, "<think>" + "a " * 50_000, "\n" * 100_000 + "<think></think>",
+    "<think>" * 14_000, "<think></think>" + " " * 100_000,
+    "<think>" + "</think> " * 11_000 + "<answer>", "<" * 100_000,
+    "<think></think><answer>" + "</" * 50_000, "<think>" + "a " * 50_000,
+    "\n" * 100_000 + "<think></think>",
     "<think></think>" + " <answer>" * 11_000, "<think></think><code>" + "</code" * 16_000,
 ], ids=range(9))
 def test_hostile_turns_of_100_kb_take_less_than_a_second(text):
@@ -250,20 +263,24 @@ def test_problem_score(predicted, gold, expected):
 
 def test_an_episode_has_format_and_accuracy_only_unless_more_can_be_checked():
     assert episode_reward([VALID], "Paris", ["Paris"]) == {"format": 1.0, "accuracy": 1.0}
-    assert episode_reward([VALID, "oops"], "red car", ["blue car"]) == {"format": 0.0, "accuracy": 0.5}
+    parts = episode_reward([VALID, "oops"], "red car", ["blue car"])
+    assert parts == {"format": 0.0, "accuracy": 0.5}
     assert episode_reward([], None, ["Paris"]) == {"format": 0.0, "accuracy": 0.0}
     assert episode_reward([VALID], None, ["Paris"], tool_oks=[]) == {"format": 1.0, "accuracy": 0.0}
-    assert episode_reward([VALID], None, ["Paris"], problem="{'dark'}") == {"format": 1.0, "accuracy": 0.0}
+    parts = episode_reward([VALID], None, ["Paris"], problem="{'dark'}")
+    assert parts == {"format": 1.0, "accuracy": 0.0}
 
 
-@pytest.mark.parametrize("problem, expected", [("{'rotation90', 'dark'}", 1.0), ("{'rotation90'}", 0.5), ("{}", 0.0),
+@pytest.mark.parametrize("problem, expected", [("{'rotation90', 'dark'}", 1.0),
+                                               ("{'rotation90'}", 0.5), ("{}", 0.0),
                                                (None, 0.0)])
 def test_the_problem_part_of_an_episode(problem, expected):
     parts = episode_reward([VALID], "C", ["C"], problem=problem, gold_labels=["rotation90", "dark"])
     assert parts == {"format": 1.0, "accuracy": 1.0, "problem": expected}
 
 
-@pytest.mark.parametrize("tool_oks, expected", [([True], 1.0), ([False], 0.0), ([True, False, True, True], 0.75)])
+@pytest.mark.parametrize("tool_oks, expected", [([True], 1.0), ([False], 0.0),
+                                                ([True, False, True, True], 0.75)])
 def test_the_tools_part_of_an_episode_is_the_share_that_ran(tool_oks, expected):
     assert episode_reward([VALID], "C", ["C"], tool_oks=tool_oks)["tools"] == expected
 
@@ -296,32 +313,38 @@ def test_the_search_part_of_an_episode_needs_a_gold_in_the_evidence(evidence, go
     (None, "", "answer", "x", "accuracy", 0.0),
     ("invalid", "x", "search", "x", "search", 0.0),
 ])
-def test_a_step_scores_the_part_of_its_gold_action(kind, content, gold_kind, gold_content, part, expected):
-    assert step_reward(VALID, kind, content, gold_kind, gold_content) == {"format": 1.0, part: expected}
-    assert step_reward("x", kind, content, gold_kind, gold_content) == {"format": 0.0, part: expected}
+def test_a_step_scores_the_part_of_its_gold_action(kind, content, gold_kind, gold_content, part,
+                                                   expected):
+    action = (kind, content, gold_kind, gold_content)
+    assert step_reward(VALID, *action) == {"format": 1.0, part: expected}
+    assert step_reward("x", *action) == {"format": 0.0, part: expected}
 
 
 def test_golds_replace_the_gold_content_of_an_answer_only():
-    assert step_reward(VALID, "answer", "dog", "answer", "cat", golds=["cat", "dog"])["accuracy"] == 1.0
-    assert step_reward(VALID, "search", "dog", "search", "cat", golds=["cat", "dog"])["search"] == 0.0
+    for kind, part, expected in (("answer", "accuracy", 1.0), ("search", "search", 0.0)):
+        parts = step_reward(VALID, kind, "dog", kind, "cat", golds=["cat", "dog"])
+        assert parts[part] == expected
 
 
 def test_a_step_of_an_unknown_kind_is_refused():
     with pytest.raises(ValueError) as error:
         step_reward(VALID, "answer", "x", "think", "x")
-    assert str(error.value) == "gold_kind 'think' is not an action; take one of answer, search, code, problem"
+    assert str(error.value) == ("gold_kind 'think' is not an action; "
+                                "take one of answer, search, code, problem")
 
 
 # ---------------------------------------------------------------- weights
 
 def test_an_episode_weighs_format_and_accuracy_alike_and_only_logs_the_rest():
     assert weighted_sum({"format": 1.0, "accuracy": 0.25}) == 1.25
-    assert weighted_sum({"format": 1.0, "accuracy": 0.5, "problem": 1.0, "tools": 1.0, "search": 1.0}) == 1.5
+    logged = {"problem": 1.0, "tools": 1.0, "search": 1.0}
+    assert weighted_sum({"format": 1.0, "accuracy": 0.5} | logged) == 1.5
     assert weighted_sum({}) == 0.0
 
 
 def test_a_step_weighs_its_own_part_as_the_format():
-    assert [weighted_sum({"format": 1.0, part: 0.5}, STEP_WEIGHTS) for part in ("accuracy", "search", "code", "problem")
+    assert [weighted_sum({"format": 1.0, part: 0.5}, STEP_WEIGHTS)
+            for part in ("accuracy", "search", "code", "problem")
             ] == [1.5, 1.5, 1.5, 1.5]
 
 
@@ -332,18 +355,21 @@ def test_a_part_without_a_weight_is_refused():
 
 
 def test_parse_weights():
-    assert parse_weights("format=1,accuracy=2,problem=0.5") == {"format": 1.0, "accuracy": 2.0, "problem": 0.5,
-                                                                "tools": 0.0, "search": 0.0}
-    assert parse_weights(" accuracy = .5 , tools=-1, ") == {"format": 1.0, "accuracy": 0.5, "problem": 0.0,
-                                                            "tools": -1.0, "search": 0.0}
-    assert parse_weights("code=0", STEP_WEIGHTS) == {"format": 1.0, "accuracy": 1.0, "search": 1.0, "code": 0.0,
-                                                     "problem": 1.0}
-    assert parse_weights("") == WEIGHTS == {"format": 1.0, "accuracy": 1.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
+    assert parse_weights("format=1,accuracy=2,problem=0.5") == {
+        "format": 1.0, "accuracy": 2.0, "problem": 0.5, "tools": 0.0, "search": 0.0}
+    assert parse_weights(" accuracy = .5 , tools=-1, ") == {
+        "format": 1.0, "accuracy": 0.5, "problem": 0.0, "tools": -1.0, "search": 0.0}
+    assert parse_weights("code=0", STEP_WEIGHTS) == {
+        "format": 1.0, "accuracy": 1.0, "search": 1.0, "code": 0.0, "problem": 1.0}
+    assert parse_weights("") == WEIGHTS == {
+        "format": 1.0, "accuracy": 1.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
 
 
 @pytest.mark.parametrize("text, message", [
-    ("speed=1", "unknown reward part 'speed' in 'speed=1'; take some of format, accuracy, problem, tools, search"),
-    ("code=1", "unknown reward part 'code' in 'code=1'; take some of format, accuracy, problem, tools, search"),
+    ("speed=1", "unknown reward part 'speed' in 'speed=1'; "
+                "take some of format, accuracy, problem, tools, search"),
+    ("code=1", "unknown reward part 'code' in 'code=1'; "
+               "take some of format, accuracy, problem, tools, search"),
     ("format=1,format=2", "reward part 'format' stands twice in 'format=1,format=2'; give it once"),
     ("format", "weight of 'format' must be a plain number, got ''; write format=1.0"),
     ("format=", "weight of 'format' must be a plain number, got ''; write format=1.0"),
@@ -358,7 +384,8 @@ def test_bad_weights_are_refused(text, message):
 
 
 def test_the_module_loads_neither_torch_nor_anything_of_ours():
-    code = ("import sys, reward; "
-            "print(sorted({'torch', 'numpy', 'tools', 'grpo', 'model', 'rollout', 'evaluate'} & set(sys.modules)))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {"torch", "numpy", "tools", "grpo", "model", "rollout", "evaluate"}
+    code = f"import sys, reward; print(sorted({names} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
     assert result.stdout == "[]\n"

@@ -89,14 +89,35 @@ def test_fences_in_and_around_code(block, code):
     assert parse_action(f"<code>{block}</code>").content == code
 
 
+PRINTED = "```output\nsize = f(30)\n```"
+
+
+@pytest.mark.parametrize("block, code", [
+    (f"{CODE}\n{PRINTED}", CODE),
+    (f"{CODE}\n\nOutput:\n\n{PRINTED}", CODE),
+    (f"{CODE}\n**Output:**\n{PRINTED} Done.", CODE),
+    (f"python\n{CODE}\nIt prints:\n{PRINTED}\n{PRINTED}", CODE),
+    (f"result = image.rotate(90)\n{PRINTED}", "result = image.rotate(90)"),
+    *[(f"{CODE}\n```{info}\n30 x 40\n```", CODE)
+      for info in ("Output", " stdout", "console", "text", "txt", "{output}", "results")],
+    (f"```python\n{CODE}\n```\n{PRINTED}", CODE),
+    (f"{PRINTED}\n```python\n{CODE}\n```", CODE),
+    (f"y = f(2)\n{PRINTED}\n```python\n{CODE}\n```", CODE),  # the block that says so is the code
+    (f"I turn it:\n```text\n{CODE}\n```", CODE),  # nothing else can be the code
+    (f"```output\n{CODE}\n```", CODE),
+])
+def test_what_code_printed_is_not_the_code(block, code):
+    assert parse_action(f"<code>{block}</code>") == ("code", code)
+
+
 @pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<code>```", "</think>", "<code> ", "<", "```python\n ", "```",
                                    "~~~", ":~~~py ", ":```py ", " ", "\n", "\r", ": ", " ```x", "`", "python ",
-                                   "\n```py (", "~~~x\n"])
+                                   "\n```py (", "~~~x\n", "x=\n:*", "a.", "x(:\n```text\ny\n"])
 def test_parsing_is_linear_on_hostile_text(piece):
     gc.freeze()  # what other tests have left in memory is not gone through again for every match
     started = time.process_time()
     parse_action(piece * (1_000_000 // len(piece)))
-    for start, end in (("", ""), ("", "\nx"), ("```\n", ""), ("```python ", "")):
+    for start, end in (("", ""), ("", "\nx"), ("```\n", ""), ("```python ", ""), ("x=1\n", "\n```output\nx")):
         parse_action(f"<code>{start}{piece.replace('<', '') * (1_000_000 // len(piece))}{end}</code>")
     spent = time.process_time() - started
     gc.unfreeze()
