@@ -149,7 +149,8 @@ def test_the_readmes_own_tasks_load_and_train(tmp_path):
 @pytest.mark.parametrize("package, environment", [("tensorboard", {}), ("wandb", {"WANDB_MODE": "offline"})])
 def test_the_readmes_lines_send_metrics_on(package, environment, tmp_path):
     pytest.importorskip(package)
-    [code] = [block.split("```")[0] for block in README.split("```python\n")[1:] if package in block.split("```")[0]]
+    blocks = [block.split("```")[0] for block in (ROOT / "data" / "README.md").read_text().split("```python\n")[1:]]
+    [code] = [block for block in blocks if package in block]
     (tmp_path / "runs" / "default").mkdir(parents=True)
     (tmp_path / "runs" / "default" / "metrics.jsonl").write_text('{"step": 1, "kl": null, "reward": 0.5}\n'
                                                                  '{"step": 2, "kl": 0.1, "reward": 0.75}\n')
