@@ -8,9 +8,9 @@ and images are read by `load_tasks` of data/tasks.py. What is missing or wrong i
 image and row, and the exit status is 2.
 
 FILE is for `evaluate.py --benchmark NAME --data FILE`, or `train.py --mode step --tasks FILE`. Its
-rows have the keys id, family, question (of a training step: problem and solution), answers, image_path,
-type and split. Image paths are relative to FILE where the images lie below its folder, so that the
-folder can be moved. Left out on purpose: downloading.
+rows have the keys id, family, question (of a training step: problem and solution), answers,
+image_path, type and split. Image paths are relative to FILE where the images lie below its folder,
+so that the folder can be moved. Left out on purpose: downloading.
 """
 import argparse
 import json
