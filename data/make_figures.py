@@ -135,24 +135,20 @@ def paste(image: Image.Image, picture: Image.Image, y: int, text: str) -> int:
 
 
 def rollout_pairs(run: Path) -> Image.Image:
-    """For a coding and a search task: a failed rollout of the first step beside a right one of the
-    last step."""
+    """For a coding and a search task: a failed rollout of the first step beside a right one of the last, of the same type."""
     folder = run / "rollouts"
     steps = sorted(folder.glob("step_*.jsonl"), key=lambda path: int(path.stem[5:]))
     first, last = read_rows(steps[0]), read_rows(steps[-1])
     columns = []
     for family in ("coding", "search"):
         def fits(row: dict, right: bool) -> bool:
-            answered = row["answer"] is not None and any(turn.get("ok") for turn in row["turns"])
-            is_right = row["answer"] in row["answers"]
-            return family in row["id"] and is_right == right and answered
+            tools = [turn for turn in row["turns"] if turn.get("ok")]
+            return family in row["id"] and (row["answer"] in row["answers"]) == right and row["answer"] is not None and tools
         before = next(row for row in first if fits(row, False))
-        alike = (row for row in last
-                 if fits(row, True) and len(row["turns"]) == len(before["turns"]))
-        after = next(alike, None) or next(row for row in last if fits(row, True))
-        for row, step in ((before, steps[0]), (after, steps[-1])):
-            title = f"{family}: {step.stem.replace('_', ' ')}"
-            columns.append(draw_rollout(row, title, folder, 560))
+        after = next((row for row in last if fits(row, True) and len(row["turns"]) == len(before["turns"])),
+                     next(row for row in last if fits(row, True)))
+        columns += [draw_rollout(before, f"{family}: {steps[0].stem.replace('_', ' ')}", folder, 560),
+                    draw_rollout(after, f"{family}: {steps[-1].stem.replace('_', ' ')}", folder, 560)]
     height = max(column.height for column in columns)
     sheet = Image.new("RGB", (560 * 2, height * 2), "white")
     for i, column in enumerate(columns):
