@@ -117,7 +117,7 @@ def test_every_row_of_metrics_has_the_same_keys():
     assert "reward 1.00 (format 0.75)  success 100%" in lines[1] and "reward 1.00 ()  kl 0.0000" in lines[2]
 
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text() + (ROOT / "data" / "README.md").read_text()
 
 
 def test_the_readmes_own_tasks_load_and_train(tmp_path):
@@ -149,8 +149,7 @@ def test_the_readmes_own_tasks_load_and_train(tmp_path):
 @pytest.mark.parametrize("package, environment", [("tensorboard", {}), ("wandb", {"WANDB_MODE": "offline"})])
 def test_the_readmes_lines_send_metrics_on(package, environment, tmp_path):
     pytest.importorskip(package)
-    blocks = [block.split("```")[0] for block in (ROOT / "data" / "README.md").read_text().split("```python\n")[1:]]
-    [code] = [block for block in blocks if package in block]
+    [code] = [block.split("```")[0] for block in README.split("```python\n")[1:] if package in block.split("```")[0]]
     (tmp_path / "runs" / "default").mkdir(parents=True)
     (tmp_path / "runs" / "default" / "metrics.jsonl").write_text('{"step": 1, "kl": null, "reward": 0.5}\n'
                                                                  '{"step": 2, "kl": 0.1, "reward": 0.75}\n')
