@@ -1,10 +1,12 @@
-"""What a GRPO step must spend, from shapes alone: python data/cost.py
+"""What a GRPO step costs on GPUs, computed from shapes alone: python data/cost.py
 
-Operations are multiplications and additions of matrix products, attention included (2 for each pair of numbers); bytes are of
-one GPU. Nothing is measured here: the rules are those of FSDP2 with fp32 masters and bf16 compute, and of the layers of
-Qwen2.5-VL in transformers. tests/test_cost.py holds them against real sizes of the laptop-size model.
+Operations: multiplications and additions of matrix products, attention included; 2 for each pair
+of numbers. Bytes: of one GPU. Nothing is measured here. The rules are those of FSDP2 with fp32
+master weights and bf16 compute, and of the layers of Qwen2.5-VL in transformers;
+tests/test_cost.py checks them against real sizes of the laptop-size model.
 
-Left out: the kernels' workspaces, fragmentation, collectives, and whatever is not a matrix product.
+Left out on purpose: the kernels' workspaces, fragmentation, collectives, and whatever is not a
+matrix product.
 """
 import argparse
 from dataclasses import dataclass
@@ -12,18 +14,22 @@ from dataclasses import dataclass
 from transformers import Qwen2_5_VLConfig
 
 FP32, BF16 = 4, 2
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, in_channels=3,
-              spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
+              in_channels=3, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
+              fullatt_block_indexes=[7, 15, 23, 31])
 PUBLISHED = {  # name -> text config, as on the hub
-    "3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-               num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-    "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)}
+    "3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+               num_attention_heads=16, num_key_value_heads=2, vocab_size=151936,
+               tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+               num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+               tie_word_embeddings=False)}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one step; means a sample. The defaults are the paper's: an image of 484 tokens in a prompt of 880."""
+    """One step; lengths are means over samples. The defaults are the paper's: a prompt of 880
+    tokens, 484 of them its image's."""
     num_prompts: int = 16
     group_size: int = 8
     prompt_tokens: float = 880
@@ -40,7 +46,7 @@ def published(name: str) -> Qwen2_5_VLConfig:
                             vision_config=VISION | {"out_hidden_size": text["hidden_size"]})
 
 
-# ----------------------------------------------------------------------------------------------------------------- weights
+# ----------------------------------------------------------------------------------------- weights
 def _head_size(text):
     return text.hidden_size // text.num_attention_heads
 
@@ -48,13 +54,16 @@ def _head_size(text):
 def layer_weights(text) -> int:
     """Numbers in the matrices of one decoder layer."""
     key_value = text.num_key_value_heads * _head_size(text)
-    return 2 * text.hidden_size * (text.hidden_size + key_value) + 3 * text.hidden_size * text.intermediate_size
+    attention = 2 * text.hidden_size * (text.hidden_size + key_value)
+    return attention + 3 * text.hidden_size * text.intermediate_size
 
 
 def text_weights(text) -> int:
-    """Parameters of the language model with its embedding, and with its head where that is not the embedding."""
+    """Parameters of the language model: its layers, its embedding, and its head where that is not
+    the embedding."""
     key_value = text.num_key_value_heads * _head_size(text)
-    layer = layer_weights(text) + text.hidden_size + 2 * key_value + 2 * text.hidden_size  # biases of q, k, v; two norms
+    biases, norms = text.hidden_size + 2 * key_value, 2 * text.hidden_size  # of q, k, v; two norms
+    layer = layer_weights(text) + biases + norms
     tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
     return text.num_hidden_layers * layer + tables + text.hidden_size
 
@@ -62,7 +71,8 @@ def text_weights(text) -> int:
 def vision_weights(vision) -> int:
     """Parameters of the vision tower and its merger."""
     width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    block = 4 * width**2 + 4 * width + 3 * width * vision.intermediate_size + 2 * vision.intermediate_size + width + 2 * width
+    attention, mlp = 4 * width**2 + 4 * width, 3 * width * vision.intermediate_size
+    block = attention + mlp + 2 * vision.intermediate_size + width + 2 * width  # biases; two norms
     merger = width + merged * (merged + 1) + (merged + 1) * vision.out_hidden_size
     return vision.depth * block + _patch_size(vision) * width + merger
 
@@ -76,40 +86,45 @@ def num_weights(config: Qwen2_5_VLConfig) -> int:
     return text_weights(config.text_config) + vision_weights(config.vision_config)
 
 
-# -------------------------------------------------------------------------------------------------------------- operations
-def forward_operations(config: Qwen2_5_VLConfig, *, tokens: float, pairs: float, head_tokens: float, images: float = 0,
-                       patches: float = 0) -> dict[str, float]:
+# -------------------------------------------------------------------------------------- operations
+def forward_operations(config: Qwen2_5_VLConfig, *, tokens: float, pairs: float, head_tokens: float,
+                       images: float = 0, patches: float = 0) -> dict[str, float]:
     """Of one forward pass: {"vision", "layers", "attention", "head"}.
 
-    pairs: (query, key) pairs of tokens that attend; head_tokens: positions whose logits are taken; patches: of one image.
+    pairs: (query, key) pairs of tokens that attend; head_tokens: positions whose logits are
+    computed; patches: of one image.
     """
     text, vision = config.text_config, config.vision_config
     width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
     window = (vision.window_size // vision.patch_size)**2
     full = len(vision.fullatt_block_indexes)
-    seen = (vision.depth - full) * min(window, patches) + full * patches  # keys a patch attends to, over all blocks
-    patch = (vision.depth * (4 * width**2 + 3 * width * vision.intermediate_size) + _patch_size(vision) * width
-             + 2 * width * seen + merged * (merged + vision.out_hidden_size) / vision.spatial_merge_size**2)
-    return {"vision": 2 * images * patches * patch, "layers": 2 * tokens * text.num_hidden_layers * layer_weights(text),
-            "attention": 4 * pairs * text.num_hidden_layers * text.num_attention_heads * _head_size(text),
+    seen = (vision.depth - full) * min(window, patches) + full * patches  # keys, over all blocks
+    blocks = vision.depth * (4 * width**2 + 3 * width * vision.intermediate_size)
+    merger = merged * (merged + vision.out_hidden_size) / vision.spatial_merge_size**2
+    patch = blocks + _patch_size(vision) * width + 2 * width * seen + merger
+    heads = text.num_attention_heads * _head_size(text)
+    return {"vision": 2 * images * patches * patch,
+            "layers": 2 * tokens * text.num_hidden_layers * layer_weights(text),
+            "attention": 4 * pairs * text.num_hidden_layers * heads,
             "head": 2 * head_tokens * text.hidden_size * text.vocab_size}
 
 
-def step_operations(config: Qwen2_5_VLConfig, shape: Shape, *, beta: float = 0.0, shared: bool = True,
-                    checkpointing: bool = False) -> dict[str, float]:
+def step_operations(config: Qwen2_5_VLConfig, shape: Shape, *, beta: float = 0.0,
+                    shared: bool = True, checkpointing: bool = False) -> dict[str, float]:
     """Of a whole step, on all GPUs together: {"prefill", "decode", "score", "update"}.
 
-    shared: prompts and their images are encoded once a group, in the rollout and in the update; else once a sample. Counts
-    what causality leaves. The update is three forward passes, of the head four (its logits are computed twice), and one more
-    with checkpointing.
+    shared: prompts and their images are encoded once a group, in the rollout and in the update;
+    otherwise once a sample. Only pairs that the causal mask allows are counted. The update costs
+    three forward passes, four of the head (its logits are computed twice), and one more with
+    checkpointing.
     """
     samples = shape.num_prompts * shape.group_size
     prompts = shape.num_prompts if shared else samples
     long, new = shape.prompt_tokens, shape.sample_tokens
-    opening = {"tokens": prompts * long, "pairs": prompts * long * (long + 1) / 2, "images": prompts,
-               "patches": shape.prompt_patches}
-    later = {"tokens": samples * new, "pairs": samples * (new * long + new * (new + 1) / 2), "images": samples,
-             "patches": shape.sample_patches}
+    opening = {"tokens": prompts * long, "pairs": prompts * long * (long + 1) / 2,
+               "images": prompts, "patches": shape.prompt_patches}
+    later = {"tokens": samples * new, "pairs": samples * (new * long + new * (new + 1) / 2),
+             "images": samples, "patches": shape.sample_patches}
     actions = samples * shape.action_tokens
     prefill = forward_operations(config, **opening, head_tokens=prompts)
     decode = forward_operations(config, **later, head_tokens=actions)
@@ -117,21 +132,26 @@ def step_operations(config: Qwen2_5_VLConfig, shape: Shape, *, beta: float = 0.0
              forward_operations(config, **opening, head_tokens=0).items()}
     once = sum(whole.values())
     update = 3 * once + whole["head"] + checkpointing * (once - whole["head"])
-    return {"prefill": sum(prefill.values()), "decode": sum(decode.values()), "score": once if beta else 0.0, "update": update}
+    return {"prefill": sum(prefill.values()), "decode": sum(decode.values()),
+            "score": once if beta else 0.0, "update": update}
 
 
-# ------------------------------------------------------------------------------------------------------------------- bytes
+# ------------------------------------------------------------------------------------------- bytes
 def cache_bytes(config: Qwen2_5_VLConfig, rows: float, tokens: float, dtype: int = BF16) -> float:
     """Keys and values of all layers."""
     text = config.text_config
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_size(text) * rows * tokens * dtype
+    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * _head_size(text)
+    return numbers * rows * tokens * dtype
 
 
-def activation_bytes(config: Qwen2_5_VLConfig, tokens: float, *, checkpointing: bool = False, dtype: int = BF16) -> float:
-    """What the decoder layers keep for the backward pass, for so many tokens, with the fused attention of PyTorch.
+def activation_bytes(config: Qwen2_5_VLConfig, tokens: float, *, checkpointing: bool = False,
+                     dtype: int = BF16) -> float:
+    """What the decoder layers keep of `tokens` tokens for the backward pass, with PyTorch's fused
+    attention.
 
-    A norm keeps its input in fp32, the normalised one and its output; attention keeps q, k, v and its output; the MLP keeps
-    gate, silu(gate), up and their product. With checkpointing: the input of every layer, and all of one layer.
+    A norm keeps its input in fp32, the normalised input and its output. Attention keeps q, k, v and
+    its output. The MLP keeps gate, silu(gate), up and their product. With checkpointing: the input
+    of every layer, and all of one layer.
     """
     text = config.text_config
     width, key_value = text.hidden_size, text.num_key_value_heads * _head_size(text)
@@ -143,31 +163,38 @@ def activation_bytes(config: Qwen2_5_VLConfig, tokens: float, *, checkpointing: 
 
 
 def packed_bytes(config: Qwen2_5_VLConfig, shape: Shape, tokens: float, dtype: int = BF16) -> float:
-    """What the attention of one layer keeps beyond that, where groups are packed into a row of so many tokens.
+    """What the attention of one layer keeps beyond that, where groups are packed into a row of
+    `tokens` tokens.
 
-    Keys and values once for every head instead of every key head, then the prompt's beside each sample's own; outputs twice.
+    Keys and values are kept for every head instead of every key head, and the prompt's beside each
+    sample's own; outputs are kept twice.
     """
-    width, group = config.text_config.hidden_size, shape.prompt_tokens + shape.group_size * shape.sample_tokens
+    width = config.text_config.hidden_size
+    group = shape.prompt_tokens + shape.group_size * shape.sample_tokens
     beside = tokens / group * shape.group_size * (shape.prompt_tokens + shape.sample_tokens)
     return dtype * width * (2 * (tokens + beside) + tokens)
 
 
-def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch_tokens: int, batch_tokens: int,
-               beta: float = 0.0, checkpointing: bool = True, chunk: int = 256) -> dict[str, float]:
+def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch_tokens: int,
+               batch_tokens: int, beta: float = 0.0, checkpointing: bool = True,
+               chunk: int = 256) -> dict[str, float]:
     """Bytes of one GPU, by what holds them.
 
-    The parts `copy` and `cache` live during rollouts only, `layer`, `activations` and `logits` in the update only; the rest
-    stays. batch_tokens bounds the tokens whose keys and values are kept, the prompt's for each of its samples.
+    `copy` and `cache` live during rollouts only; `layer`, `activations` and `logits` live in the
+    update only; the rest stays. batch_tokens bounds the tokens whose keys and values are kept, with
+    the prompt counted for each of its samples.
     """
     text, weights = config.text_config, num_weights(config)
     tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
     kept = shape.num_prompts / gpus * shape.group_size * (shape.prompt_tokens + shape.sample_tokens)
     activations = activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing)
     layers = 1 if checkpointing else text.num_hidden_layers  # that are whole in memory
-    return {"weights": FP32 * weights / gpus, "gradients": FP32 * weights / gpus, "moments": 2 * FP32 * weights / gpus,
-            "reference": FP32 * weights / gpus if beta else 0.0, "copy": BF16 * weights,
+    shard = FP32 * weights / gpus
+    return {"weights": shard, "gradients": shard, "moments": 2 * shard,
+            "reference": shard if beta else 0.0, "copy": BF16 * weights,
             "cache": cache_bytes(config, 1, min(kept, batch_tokens)),
-            "layer": 2 * BF16 * (2 * layer_weights(text) + tables),  # two layers (one is prefetched), the tables; gradients
+            # two layers (one is prefetched) and the tables, with their gradients
+            "layer": 2 * BF16 * (2 * layer_weights(text) + tables),
             "activations": activations + layers * packed_bytes(config, shape, micro_batch_tokens),
             "logits": chunk * text.vocab_size * (FP32 + BF16)}
 
@@ -190,8 +217,9 @@ def table(shape: Shape, **options) -> str:
             if not lines:
                 lines += ["| computed, GB a GPU | " + " | ".join(parts) + " | peak | fits 80 GB |",
                           "|---" * (len(parts) + 3) + "|"]
-            lines.append(f"| {name} on {gpus} | " + " | ".join(f"{value / 1e9:.1f}" for value in parts.values())
-                         + f" | {peak(parts) / 1e9:.0f} | {'yes' if peak(parts) < 80e9 else 'no'} |")
+            gigabytes = " | ".join(f"{value / 1e9:.1f}" for value in parts.values())
+            fits = "yes" if peak(parts) < 80e9 else "no"
+            lines.append(f"| {name} on {gpus} | {gigabytes} | {peak(parts) / 1e9:.0f} | {fits} |")
     lines.append("")
     for name in PUBLISHED:
         for shared in (True, False):
@@ -214,8 +242,9 @@ def main():
     parser.add_argument("--batch_tokens", type=int, default=131_072)
     parser.add_argument("--no_checkpointing", action="store_true")
     args = parser.parse_args()
-    print(table(Shape(num_prompts=args.prompts), micro_batch_tokens=args.micro_batch_tokens, batch_tokens=args.batch_tokens,
-                beta=args.beta, checkpointing=not args.no_checkpointing))
+    print(table(Shape(num_prompts=args.prompts), micro_batch_tokens=args.micro_batch_tokens,
+                batch_tokens=args.batch_tokens, beta=args.beta,
+                checkpointing=not args.no_checkpointing))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,21 @@
 
     python data/make_model.py --seed 0 --out data/model        # about 15 minutes on 2 cores
 
-The model is Qwen2.5-VL in every part (same class, same M-RoPE, same window attention, same special tokens and chat
-template), with about a million weights and its own small BPE. It is warm-started by plain cross-entropy on the tokens of the
-assistant in two phases, because reinforcement can only amplify what a policy already does now and then:
+The model is Qwen2.5-VL in every part: the same class, M-RoPE, window attention, special tokens and
+chat template, with about a million weights and its own small BPE. Its warm start is plain
+cross-entropy on the assistant's tokens, in two phases, because reinforcement learning can only
+amplify what a policy already does now and then:
 
-1. captions of clean signs and flags mixed with right demonstrations, until the right chains are learnt. Perception has to be
-   there from the start; how a demonstration depends on its question appears suddenly and late: watch the share of tasks
-   solved, not the loss;
-2. a short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), who mistakes labels, countries
-   and parameters and has hasty habits. What is left is an imperfect agent: it can do everything, and does it right less than
-   half of the time.
+1. Captions of clean signs and flags, mixed with right demonstrations, until the right chains are
+   learnt. Perception has to be there from the start. How a demonstration depends on its question is
+   learnt suddenly and late: watch the share of tasks solved, not the loss.
+2. A short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), which
+   mistakes labels, countries and parameters and has hasty habits. The result is an imperfect agent:
+   it can do everything, and does it right less than half of the time.
 
-Demonstrations are played through the real tools by `rollout.replay`, so the model sees the very tokens and images of a rollout.
-Their facts come from other corpora than the one shipped: what is to be learnt is to copy from a result, not the facts.
+Demonstrations are played through the real tools by `rollout.replay`, so the model sees the very
+tokens and images of a rollout. Their facts come from other corpora than the one shipped: the model
+should learn to copy from a result, not the facts.
 """
 import argparse
 import io
@@ -29,7 +31,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -41,19 +44,24 @@ from rollout import (IMAGE_READY, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, 
                      replay, roll_out)
 from tools import CodeTool, SearchTool
 
-# Qwen's special tokens in the order of the hub's tokenizer (ids 151643 and up there, the last ids here).
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-           "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>"]
-# How Qwen2 cuts text before merging: contractions, words with one leading sign, single digits, runs of signs, spaces.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Qwen's special tokens, in the hub's order: ids 151643 and up there, here the last ids.
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>",
+           "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+           "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+           "<|video_pad|>"]
+# How Qwen2 cuts text before merging: contractions, words with one leading sign, single digits, runs
+# of signs, spaces.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CHAT_TEMPLATE = """\
 {% for message in messages %}\
-{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}\
+{% if loop.first and message['role'] != 'system' %}\
+<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}\
 <|im_start|>{{ message['role'] }}\n\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
 {% for part in message['content'] %}\
-{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}\
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part['text'] }}{% endif %}\
 {% endfor %}{% endif %}<|im_end|>\n\
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
 CAPTIONS = {"sign": "Read the sign.", "flag": "Name the flag."}
@@ -61,7 +69,7 @@ LIMITS = Limits(max_turns=4, max_new_tokens=96, max_tokens=512, batch_tokens=163
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE cut like Qwen's and trained on everything that the offline tasks can say."""
+    """A byte-level BPE that cuts text like Qwen's, trained on what the offline tasks can say."""
     rng = random.Random(0)
     known = make_tasks.facts(0)
     prompts = [instructions("full", family) for family in ("search", "coding")]
@@ -71,54 +79,65 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         task = make_tasks.coding_task(rng, rng.choice(make_tasks.KINDS))
         texts += [task["question"], *make_tasks.right_chain(task)]
         task = make_tasks.search_task(rng, known, *rng.choice(list(known)))
-        results = " ".join(f"{i}. Content: {row['contents']}"
-                           for i, row in enumerate(rng.sample(make_tasks.make_corpus(rng.random()), 3), 1))
-        texts += [task["question"], *make_tasks.right_chain(task), f"<information> {results} </information>"]
+        documents = rng.sample(make_tasks.make_corpus(rng.random()), 3)
+        results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
+        texts += [task["question"], *make_tasks.right_chain(task),
+                  f"<information> {results} </information>"]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL), min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=SPECIAL, model_max_length=4096,
-                                        clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL, model_max_length=4096,
+        clean_up_tokenization_spaces=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL at laptop size: 3 + 3 layers of width 128, head and embedding tied as in the hub's 3B."""
+    """Qwen2.5-VL at laptop size: 3 + 3 layers of width 128, with head and embedding tied as in the
+    hub's 3B."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}
     torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True,
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6,
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-                         bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
-                         tie_word_embeddings=True),
-        vision_config=dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=128,
-                           window_size=112, fullatt_block_indexes=[2]))
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+                         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=4096, rms_norm_eps=1e-6,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                                          "mrope_section": [4, 6, 6]},
+                         bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"],
+                         pad_token_id=ids["endoftext"], tie_word_embeddings=True),
+        vision_config=dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4,
+                           out_hidden_size=128, window_size=112, fullatt_block_indexes=[2]))
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(bos_token_id=ids["endoftext"], pad_token_id=ids["endoftext"],
-                                               eos_token_id=[ids["im_end"], ids["endoftext"]])
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids["endoftext"], pad_token_id=ids["endoftext"],
+        eos_token_id=[ids["im_end"], ids["endoftext"]])
     return model
 
 
 def caption(policy, rng):
-    """A sign or a flag as it may look after a repair, and its name as the assistant's turn."""
+    """A sign or a flag as it may look after a repair, and its name as the assistant's turn.
+
+    Returns a `Rollout` without turns or tools.
+    """
     if rng.random() < 0.25:
         name = rng.choice(list(make_tasks.FLAGS))
         question, picture = CAPTIONS["flag"], make_tasks.make_flag(rng, name)
     else:
         task = make_tasks.coding_task(rng, rng.choice(make_tasks.KINDS))
         question, name, picture = CAPTIONS["sign"], task["answers"][0], task["clean"]
-        if task["type"][0] in ("dark", "overexposure"):  # what the right code makes of it: coarser, clipped
+        if task["type"][0] in ("dark", "overexposure"):  # as the right code leaves it: coarser
             fix = (lambda p: p * 8) if task["type"] == ["dark"] else (lambda p: 255 - (255 - p) * 8)
             picture = task["image"].point(fix)
         if rng.random() < 0.7:
@@ -131,16 +150,21 @@ def caption(policy, rng):
 
 
 def jpeg(picture):
-    """What a file named .jpg does to a picture."""
+    """The picture as a file named .jpg holds it."""
     data = io.BytesIO()
     picture.save(data, "JPEG")
     return Image.open(io.BytesIO(data.getvalue())).convert("RGB")
 
 
 def demonstrations(policy, rng, code_tool, num, chain):
-    """num demonstrations, half of each family, played through the real tools. chain: task -> its turns."""
-    coding = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], task_id=i) for i in range(num // 2)]
-    played, _ = roll_out(policy, coding, Tools(code=code_tool), LIMITS, sampler=chains(policy, coding, chain))
+    """num demonstrations, half of each family, played through the real tools.
+
+    chain: a function from a task to its turns.
+    """
+    coding = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], task_id=i)
+              for i in range(num // 2)]
+    sampler = chains(policy, coding, chain)
+    played, _ = roll_out(policy, coding, Tools(code=code_tool), LIMITS, sampler=sampler)
     pairs = make_tasks.search_pairs("train")
     for seed in range(1, 9):  # corpora that the offline tasks never see
         known = make_tasks.facts(f"demonstrations-{seed}")
@@ -149,20 +173,25 @@ def demonstrations(policy, rng, code_tool, num, chain):
             make_tasks.write_rows(path, make_tasks.make_corpus(f"demonstrations-{seed}"))
             index_corpus(path.with_suffix(".sqlite"), read_corpus(path))
             search = SearchTool(backend=f"sqlite:{path.with_suffix('.sqlite')}", topk=3)
-            tasks = [make_tasks.search_task(rng, known, *rng.choice(pairs), task_id=i) for i in range(num // 16)]
-            played += roll_out(policy, tasks, Tools(search=search), LIMITS, sampler=chains(policy, tasks, chain))[0]
+            tasks = [make_tasks.search_task(rng, known, *rng.choice(pairs), task_id=i)
+                     for i in range(num // 16)]
+            sampler = chains(policy, tasks, chain)
+            played += roll_out(policy, tasks, Tools(search=search), LIMITS, sampler=sampler)[0]
     rng.shuffle(played)
     return played
 
 
 def chains(policy, tasks, chain):
-    """A sampler that plays one chain a task, drawn once."""
+    """A sampler that plays one chain a task, drawn here once."""
     drawn = {task["id"]: chain(task) for task in tasks}
     return replay(policy, lambda task: drawn[task["id"]])
 
 
 def cross_entropy_step(policy, optimizer, rows, caption_weight):
-    """One step of Adam on the sum over action tokens, captions weighing more; returns the mean of each, in nats."""
+    """One step of Adam on the sum over action tokens, where captions weigh more.
+
+    Returns the mean negative log-probability of both kinds of tokens, in nats.
+    """
     sums, counts = {"caption": 0.0, "demonstration": 0.0}, {"caption": 0, "demonstration": 0}
     for name, weight in (("caption", caption_weight), ("demonstration", 1.0)):
         part = [r for r in rows if bool(r.turns) == (name == "demonstration")]
@@ -179,31 +208,38 @@ def cross_entropy_step(policy, optimizer, rows, caption_weight):
 
 @torch.no_grad()
 def print_unsure_tokens(policy, rollouts):
-    """Tokens of demonstrations that the model is unsure of, with their probability in percent: the decisions not yet learnt."""
+    """Print the tokens of demonstrations that the model is unsure of, with their probability in
+    percent: the decisions that are not yet learnt."""
     for r in rollouts:
         batch = collate(policy, [r], [0.0])
         logps = score(policy, batch, 1.0)[0][0].tolist()
-        print("  ", " ".join(f"{policy.tokenizer.decode([i])!r}:{100 * math.exp(p):.0f}"
-                             for i, p, m in zip(batch.targets[0].tolist(), logps, batch.action_mask[0]) if m and p < -0.2),
-              flush=True)
+        tokens = zip(batch.targets[0].tolist(), logps, batch.action_mask[0])
+        unsure = [(token, logp) for token, logp, is_action in tokens if is_action and logp < -0.2]
+        print("  ", " ".join(f"{policy.tokenizer.decode([token])!r}:{100 * math.exp(logp):.0f}"
+                             for token, logp in unsure), flush=True)
 
 
 def success(policy, code_tool, num):
     """Share of fresh tasks solved, {kind: share}, with the shipped corpus in the search tool."""
     rng, known = random.Random(99), make_tasks.facts(0)
     search = SearchTool(backend=f"sqlite:{Path(__file__).parent}/offline/corpus.sqlite", topk=3)
-    tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], split="train") for i in range(num)]
-    tasks += [make_tasks.search_task(rng, known, *rng.choice(make_tasks.search_pairs("train"))) for _ in range(num // 2)]
+    tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], split="train")
+             for i in range(num)]
+    tasks += [make_tasks.search_task(rng, known, *rng.choice(make_tasks.search_pairs("train")))
+              for _ in range(num // 2)]
     rollouts, _ = roll_out(policy, tasks, Tools(code_tool, search), LIMITS)
     by_kind = {}
     for r in rollouts:
-        by_kind.setdefault(r.task.get("type", ["search"])[0], []).append(exact_match(r.answer, r.task["answers"]))
+        hit = exact_match(r.answer, r.task["answers"])
+        by_kind.setdefault(r.task.get("type", ["search"])[0], []).append(hit)
     return {kind: round(sum(hits) / len(hits), 2) for kind, hits in sorted(by_kind.items())}
 
 
 def train(policy, code_tool, pool, rng, args, *, steps, lr, name):
-    """Adam over `steps` batches of the pool's demonstrations and of fresh captions, with warm-up and linear decay."""
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
+    """Adam over `steps` batches of the pool's demonstrations and fresh captions, with warm-up and
+    linear decay."""
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.01,
+                                  betas=(0.9, 0.95))
     policy.model.train()
     start = time.perf_counter()
     for step in range(steps):
@@ -213,8 +249,9 @@ def train(policy, code_tool, pool, rng, args, *, steps, lr, name):
             group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
         losses = cross_entropy_step(policy, optimizer, rows, args.caption_weight)
         if step % 20 == 0:
-            print(f"{name} {step}/{steps}  " + "  ".join(f"{key} {loss:.4f}" for key, loss in losses.items())
-                  + f"  {time.perf_counter() - start:.0f} s", flush=True)
+            shown = "  ".join(f"{key} {loss:.4f}" for key, loss in losses.items())
+            seconds = time.perf_counter() - start
+            print(f"{name} {step}/{steps}  {shown}  {seconds:.0f} s", flush=True)
         if (step + 1) % args.check == 0 or step + 1 == steps:
             policy.model.eval()
             print("  solved:", success(policy, code_tool, 48), flush=True)
@@ -232,13 +269,16 @@ def main():
     parser.add_argument("--demonstrations", type=int, default=4000, help="right ones")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--captions", type=int, default=24, help="captions a step")
-    parser.add_argument("--caption_weight", type=float, default=3.0, help="of a caption's token in the loss")
-    parser.add_argument("--noise", type=float, default=1.0, help="scale of the weak annotator's rates of mistakes")
+    parser.add_argument("--caption_weight", type=float, default=3.0,
+                        help="of a caption's token in the loss")
+    parser.add_argument("--noise", type=float, default=1.0,
+                        help="scale of the weak annotator's rates of mistakes")
     parser.add_argument("--right_steps", type=int, default=1150)
     parser.add_argument("--noisy_steps", type=int, default=140)
     parser.add_argument("--right_lr", type=float, default=1.5e-3)
     parser.add_argument("--noisy_lr", type=float, default=3e-4)
-    parser.add_argument("--check", type=int, default=300, help="steps between checks of the share of tasks solved")
+    parser.add_argument("--check", type=int, default=300,
+                        help="steps between checks of the share of tasks solved")
     args = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order would give other weights
     with CodeTool(workers=2, timeout=5.0) as code_tool:
@@ -249,15 +289,18 @@ def main():
             for part in (make_model(tokenizer, args.seed), tokenizer, Qwen2VLImageProcessorPil()):
                 part.save_pretrained(args.out)
             policy, rng = load_policy(args.out), random.Random(f"right-{args.seed}")
-            pool = demonstrations(policy, rng, code_tool, args.demonstrations, make_tasks.right_chain)
-            train(policy, code_tool, pool, rng, args, steps=args.right_steps, lr=args.right_lr, name="right")
+            pool = demonstrations(policy, rng, code_tool, args.demonstrations,
+                                  make_tasks.right_chain)
+            train(policy, code_tool, pool, rng, args, steps=args.right_steps, lr=args.right_lr,
+                  name="right")
             if args.keep_right:
                 export(policy, args.keep_right)
         rng = random.Random(f"noisy-{args.seed}")
         torch.manual_seed(args.seed)
         pool = demonstrations(policy, rng, code_tool, args.noisy_steps * args.batch,
                               lambda task: make_tasks.noisy_chain(task, rng, args.noise))
-        train(policy, code_tool, pool, rng, args, steps=args.noisy_steps, lr=args.noisy_lr, name="noisy")
+        train(policy, code_tool, pool, rng, args, steps=args.noisy_steps, lr=args.noisy_lr,
+              name="noisy")
         export(policy, args.out)
 
 

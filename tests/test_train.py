@@ -117,7 +117,7 @@ def test_every_row_of_metrics_has_the_same_keys():
     assert "reward 1.00 (format 0.75)  success 100%" in lines[1] and "reward 1.00 ()  kl 0.0000" in lines[2]
 
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text() + (ROOT / "data" / "README.md").read_text()
 
 
 def test_the_readmes_own_tasks_load_and_train(tmp_path):
