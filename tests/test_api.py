@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 
 import tools
 from data.tasks import load_tasks
-from evaluate import PROBE, ApiFailed, ApiRefused, ChatModel, chat_messages, read_prices, with_thought
+from evaluate import PROBE, ApiFailed, ApiRefused, ChatModel, chat_messages, with_thought
 from model import encode_text
 from reward import turn_is_valid
 from rollout import PROMPTS, Limits, Rollout, Tools, Turn, roll_out
@@ -173,7 +173,7 @@ def words(text):
     # nothing apart
     ({"content": A, "reasoning_content": None}, "stop", A), ({"content": A, "reasoning": " "}, "stop", A),
     ({"content": A, "reasoning": {"effort": "low"}}, "stop", A), ({"content": A, "reasoning_content": 7}, "stop", A),
-    ({"content": "<answer>Rome</answer>", "reasoning_content": "\n", "reasoning": "t"}, "stop",
+    ({"content": "<answer>Rome</answer>", "reasoning_content": "", "reasoning": "t"}, "stop",
      "<think> t </think>\n<answer>Rome</answer>"),
     ({"content": "<answer>Rome</answer>", "reasoning": [{"type": "reasoning.text", "text": "t"}]}, "stop",
      "<think> t </think>\n<answer>Rome</answer>"),
@@ -229,32 +229,16 @@ def test_a_created_reply_is_a_reply(status):
 
 
 @pytest.mark.parametrize("usage, expected", [
-    ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}, (7, 5, 0, 0, 0)),
-    ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2},
-      "completion_tokens_details": {"reasoning_tokens": 3}}, (7, 5, 2, 3, 0)),
-    ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": None, "completion_tokens_details": 1},
-     (7, 5, 0, 0, 0)),
-    ({"prompt_tokens": -7, "completion_tokens": "5"}, (0, 0, 0, 0, 1)),
-    ({"prompt_tokens": 1e9, "completion_tokens": float("nan")}, (0, 0, 0, 0, 1)),
-    ({"prompt_tokens": True, "completion_tokens": 10 ** 400}, (0, 0, 0, 0, 1)), ({}, (0, 0, 0, 0, 1)), (None, (0, 0, 0, 0, 1)),
-    (7, (0, 0, 0, 0, 1)), ([], (0, 0, 0, 0, 1))], ids=repr)
+    ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}, (7, 5, 0)),
+    ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": None}, (7, 5, 0)),
+    ({"prompt_tokens": None, "completion_tokens": "5"}, (0, 0, 1)),
+    ({"prompt_tokens": 1e9, "completion_tokens": float("nan")}, (0, 0, 1)),
+    ({}, (0, 0, 1)), (None, (0, 0, 1)), ([], (0, 0, 1))], ids=repr)
 def test_tokens_are_counted_where_the_endpoint_counts_them(usage, expected):
     reply, chat, _ = ask(reply={**completion("C"), "usage": usage})
     assert reply == ("C", True)
-    names = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "uncounted")
+    names = ("prompt_tokens", "completion_tokens", "uncounted")
     assert chat.usage == {"requests": 1, "retries": 0, "empty": 0, **dict(zip(names, expected, strict=True))}
-
-
-def test_what_it_costs():
-    _, chat, _ = ask(reply=completion("C", prompt_tokens=400_000, completion_tokens=30_000))
-    assert chat.cost(read_prices("2.5,10")) == pytest.approx(1.3)
-    assert chat.cost((0.0, 0.0)) == 0.0 and chat.cost(read_prices(None)) is None and chat.cost(read_prices("")) is None
-
-
-@pytest.mark.parametrize("text", ["2.5", "2.5,", "2.5,10,1", "-1,2", "a,b", "nan,1", "1e3,1", "٣,1"])
-def test_prices_that_are_none(text):
-    with pytest.raises(ValueError, match="^--api_prices .* are no prices; give those of a million .*: 2.5,10$"):
-        read_prices(text)
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------
@@ -299,7 +283,7 @@ def test_json_of_another_shape_is_a_bad_reply(body):
 def test_a_slow_server_is_left_at_the_deadline(name):
     start = time.monotonic()
     failure, chat, _ = ask(always(name), timeout=60.0, patience=0.5)
-    assert isinstance(failure, ApiRefused) and "gives no reply: timeout" in str(failure)
+    assert isinstance(failure, ApiRefused) and "gives no reply for model any: timeout" in str(failure)
     assert 0.5 <= time.monotonic() - start < 0.5 + SLACK and chat.usage["requests"] == 2
     failure, _, _ = ask(for_items(name), timeout=60.0, patience=0.5)
     assert isinstance(failure, ApiFailed) and str(failure) == "timeout"  # it has left time for the probe
@@ -323,10 +307,9 @@ def test_no_server_is_unreachable(capfd):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     chat = ChatModel(url, "any", patience=0.5, backoff=0.3)
     for _ in range(2):
-        with pytest.raises(ApiRefused, match=r"gives no reply: unreachable \(\[Errno 111\] Connection refused\); check --api"):
+        with pytest.raises(ApiRefused, match=r"gives no reply for model any: unreachable \(\[Errno 111\] Connection refused\); "):
             chat.reply(QUESTION)
-    assert capfd.readouterr().err == (f"{url}: unreachable ([Errno 111] Connection refused); asks again, "
-                                      "for up to 0.5 s a reply\n")  # once
+    assert capfd.readouterr().err == (f"{url}: unreachable; asks again, for up to 0.5 s a reply\n")  # once
 
 
 def test_a_server_that_comes_up_late_is_found():
@@ -367,7 +350,7 @@ def test_a_wait_that_is_past_or_unreadable_is_our_own(wait):
 def test_nobody_waits_past_the_patience(wait):
     start = time.monotonic()
     failure, _, server = ask(always(refuse(429, Retry_After=wait)))
-    assert isinstance(failure, ApiRefused) and "gives no reply: http_429 (Try again later.)" in str(failure)
+    assert isinstance(failure, ApiRefused) and "gives no reply for model any: http_429 (Try again later.)" in str(failure)
     assert time.monotonic() - start < SLACK and len(server.seen) == 2  # the second is the probe
 
 
@@ -399,17 +382,9 @@ def test_what_would_fail_every_item_is_refused_at_once(status, message):
     with ChatServer(lambda messages: ANSWER, always(refuse(status, message))) as server:  # and the probe alone finds it
         with pytest.raises(ApiRefused) as failure:
             ChatModel(server.url, "any").check()
-    assert str(failure.value) == (f"{server.url} answers http_{status} for model any ({message}); check --api "
-                                  "(it ends in /v1 as a rule), --model and OPENAI_API_KEY")
-
-
-def test_an_error_in_a_reply_of_status_200_is_that_error():
-    """As OpenRouter sends it."""
-    def flagged(handler, good):
-        send(handler, {"error": {"code": 403, "message": "flagged", "metadata": {}}})
-    failure, chat, _ = ask(for_items(flagged))
-    assert isinstance(failure, ApiFailed) and str(failure) == "http_403: flagged" and chat.usage["requests"] == 2
-    assert "answers http_403 for model any (flagged)" in str(ask(always(flagged))[0])
+    assert str(failure.value) == (
+        f"{server.url} gives no reply for model any: http_{status} ({message}); check --api (it ends "
+        "in /v1 as a rule), --model, OPENAI_API_KEY and the server; the same command goes on")
 
 
 def test_the_probe_has_the_parameters_of_a_turn_and_learns_which_are_refused():
@@ -429,7 +404,7 @@ def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(na
     failure, chat, _ = ask(for_items(name), **options)
     assert isinstance(failure, ApiFailed) and str(failure) == KINDS.get(name, "timeout") and chat.unanswered == 1
     failure, chat, _ = ask(always(name), **options)
-    assert isinstance(failure, ApiRefused) and f"gives no reply: {KINDS.get(name, 'timeout')} (" in str(failure)
+    assert isinstance(failure, ApiRefused) and f"gives no reply for model any: {KINDS.get(name, 'timeout')} (" in str(failure)
     assert time.monotonic() - start < 2 * 0.5 + SLACK
 
 
@@ -592,20 +567,6 @@ def test_an_impossible_key_is_refused_unseen(monkeypatch, key):
     assert KEY not in str(error.value)
 
 
-def test_openai_without_a_key_is_refused_early(monkeypatch):
-    with pytest.raises(ValueError, match="^https://api.openai.com/v1 needs a key; set .* OPENAI_API_KEY$"):
-        ChatModel("https://api.openai.com/v1", "gpt-4o")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    ChatModel("https://api.openai.com/v1", "gpt-4o")
-
-
-@pytest.mark.parametrize("model, options", [("", {}), ("any", {"max_new_tokens": 0}), ("any", {"timeout": 0.0}),
-                                            ("any", {"patience": -1.0})])
-def test_values_that_cannot_work_are_refused(model, options):
-    with pytest.raises(ValueError, match="^--api needs the name of a --model, and tokens and seconds above 0$"):
-        ChatModel("http://127.0.0.1:1/v1", model, **options)
-
-
 # ---- many threads, and the server itself ---------------------------------------------------------------------------
 
 def test_sixteen_threads_under_faults_lose_and_miscount_nothing():
@@ -619,7 +580,7 @@ def test_sixteen_threads_under_faults_lose_and_miscount_nothing():
     failed = server.failed.total()
     assert 100 < failed < 250 and len(server.failed) > 8
     assert chat.usage == {"requests": 400 + failed, "retries": failed, "prompt_tokens": 4000, "completion_tokens": 2000,
-                          "cached_tokens": 0, "reasoning_tokens": 0, "empty": 0,
+                          "empty": 0,
                           "uncounted": server.failed["no_choices"] + server.failed["other_shape"]}
 
 

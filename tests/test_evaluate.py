@@ -492,7 +492,10 @@ def test_rescoring_does_not_load_torch(tmp_path):
     (["--nonsense", "1"], "no such flag: --nonsense 1; --help lists them"),
     (["--model", "m", "--tasks", "t.json", "--max_turns", "0"], "--max_turns 0: must be at least 1"),
     (["--model", "m", "--tasks", "t.json", "--temperature", "nan"],
-     "--temperature nan is at least 0, --seed 0 within 0 and 2^32"),
+     "--temperature nan: must be at least 0, and finite"),
+    (["--model", "m", "--tasks", "t.json", "--seed", "12345678901234567890"],
+     "--seed 12345678901234567890: must be at least 0 and below 2^32"),
+    (["--model", "m", "--tasks", "t.json", "--api_patience", "0"], "--api_patience 0.0: must be at least 1"),
 ])
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(args, message):
     result = run(*args)

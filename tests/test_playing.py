@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer, completion, parts, refuse, stand_in
 from conftest import CLEAN, environments_of_ranks, run_script
-from evaluate import (ASKED, PROBE, ChatModel, _append_items, _one_turn_answer, evaluate_tasks, load_tasks, main, read_items,
-                      released_crop, summarize)
+from data.files import append_rows, drop_cut_row
+from data.tasks import load_tasks
+from evaluate import (ASKED, PROBE, ChatModel, _answer, evaluate_tasks, main, read_items, released_crop,
+                      summarize)
 from model import encode_prompt, load_policy, sample
 from PIL import Image, ImageOps
 from rollout import PROMPTS, Limits, Rollout, Tools, replay, roll_out
@@ -37,7 +39,7 @@ def some_tasks():
 
 
 def evaluate(out, tasks=None, **options):
-    """In this process, with live tools. `out` may be None."""
+    """In this process, with live tools."""
     with CodeTool(workers=1) as code:
         return evaluate_tasks(shipped(), tasks or some_tasks(), Tools(code, SearchTool(CORPUS)), LIMITS, output_dir=out,
                               **{"benchmark": "offline", "batch_size": 4, **options})
@@ -91,16 +93,17 @@ def test_rows_pictures_and_figures_are_those_of_the_episodes(alone):
         assert scores["samples"][key] == expected
     predictions = json.loads((alone / "predictions.json").read_text())
     assert predictions[3] == {"id": rows[3]["id"], "gt": rows[3]["gt"], "pred_answer": rows[3]["pred_answer"],
-                              "split": "coding", "sample": 1}
+                              "split": "coding", "sample": 1, "error": None}
 
 
-def test_a_batch_is_played_side_by_side(monkeypatch):
+def test_a_batch_is_played_side_by_side(monkeypatch, tmp_path):
     """All its samples, however long an episode may get."""
     sizes = []
     monkeypatch.setattr("rollout.sample",
                         lambda policy, rows, **options: sizes.append(len(rows)) or sample(policy, rows, **options))
     limits = Limits(1, 4, 512, batch_tokens=512)
-    evaluate_tasks(shipped(), some_tasks(), Tools(), limits, batch_size=5, samples=2, temperature=1.0)
+    evaluate_tasks(shipped(), some_tasks(), Tools(), limits, tmp_path, batch_size=5, samples=2,
+                   temperature=1.0)
     assert sizes == [10, 10, 4]
 
 
@@ -174,12 +177,6 @@ def test_a_rank_plays_its_share_however_far_the_others_are(alone, tmp_path, monk
     assert sorted(read_items(tmp_path)) == [(number, sample) for number in range(8) for sample in range(2)]
 
 
-def test_retry_takes_one_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["--model", "data/model", "--data", str(HELD_OUT), "--output_dir", str(tmp_path), "--retry", "True"]) == 2
-    assert "--retry takes one process" in capsys.readouterr().err
-
-
 def test_a_folder_of_other_tasks_is_refused(alone):
     with pytest.raises(ValueError, match="item 0 is 'heldout-coding-000' and not 'heldout-coding-020': the tasks have changed"):
         evaluate(alone, some_tasks()[1:], samples=2, temperature=1.0)
@@ -198,31 +195,37 @@ def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(tmp_path, capsys
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: text}
 
 
-def test_rows_are_added_behind_what_a_kill_cut_off(tmp_path):
+def test_a_row_that_a_kill_cut_off_is_played_again(tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text('{"number": 0, "sample": 0, "x": 1}\n{"number": 1, "sam')
-    _append_items(path, [{"number": 1, "sample": 0, "x": 2}, {"number": 2, "sample": 0, "x": 3}])
-    _append_items(path, [{"number": 3, "sample": 0, "x": 4}])
-    assert {key: row["x"] for key, row in read_items(tmp_path).items()} == {(0, 0): 1, (1, 0): 2, (2, 0): 3, (3, 0): 4}
+    assert list(read_items(tmp_path)) == [(0, 0)]
+    drop_cut_row(path)
+    append_rows(path, [{"number": 1, "sample": 0, "x": 2}, {"number": 2, "sample": 0, "x": 3}])
+    drop_cut_row(path)
+    append_rows(path, [{"number": 3, "sample": 0, "x": 4}])
+    rows = {key: row["x"] for key, row in read_items(tmp_path).items()}
+    assert rows == {(0, 0): 1, (1, 0): 2, (2, 0): 3, (3, 0): 4}
 
 
 # ---- items that fail -----------------------------------------------------------------------------------------------
 
 def test_an_item_that_fails_is_recorded_and_the_others_of_its_batch_are_played(tmp_path):
     tasks = some_tasks()[:3] + [{**some_tasks()[3], "question": "What character is on the sign? " * 100}] + some_tasks()[4:6]
-    scores, whole = evaluate(tmp_path, tasks), evaluate(None, some_tasks()[:6])
-    rows = items(tmp_path)
+    scores = evaluate(tmp_path / "run", tasks)
+    whole = evaluate(tmp_path / "whole", some_tasks()[:6])
+    rows = items(tmp_path / "run")
     assert [row["error"] is None for row in rows] == [True] * 3 + [False] + [True] * 2
     assert rows[3]["error"].startswith("ValueError: task heldout-coding-060: its prompt has ")
     assert (rows[3]["turns"], rows[3]["pred_answer"], rows[3]["em"]) == ([], None, 0.0)
     assert (scores["failed"], scores["all"]["n"], scores["stops"]["failed"]) == (1, 6, 1)
     assert whole["failed"] == 0 and 0 <= whole["all"]["em"] - scores["all"]["em"] <= 100 / 6 + 0.01
-    assert json.loads((tmp_path / "predictions.json").read_text())[3]["error"] == rows[3]["error"]
+    predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    assert predictions[3]["error"] == rows[3]["error"]
 
 
 # ---- ways of asking ------------------------------------------------------------------------------------------------
 
-def asked(monkeypatch, ask, tasks, tools=None, text="<think> I see. </think> Paris"):
+def asked(monkeypatch, out, ask, tasks, tools=None, text="<think> I see. </think> Paris"):
     """(openings of the prompts, rows) where every turn says `text`."""
     openings = []
 
@@ -234,7 +237,7 @@ def asked(monkeypatch, ask, tasks, tools=None, text="<think> I see. </think> Par
     monkeypatch.setattr("rollout.roll_out", playing)
     rows = []
     monkeypatch.setattr("evaluate.summarize", lambda items, benchmark: rows.extend(items) or {})
-    evaluate_tasks(shipped(), tasks, tools or Tools(), LIMITS, ask=ask, prompt="full")
+    evaluate_tasks(shipped(), tasks, tools or Tools(), LIMITS, out, ask=ask, prompt="full")
     return openings, rows
 
 
@@ -244,24 +247,26 @@ QUESTION = {"id": 1, "family": "search", "question": "Which city?", "answers": [
 
 @pytest.mark.parametrize("ask", ["direct", "cot"])
 @pytest.mark.parametrize("image", [None, Image.new("RGB", (56, 56))], ids=["text", "image"])
-def test_without_tools_one_turn_says_the_answer(monkeypatch, ask, image):
-    openings, [row] = asked(monkeypatch, ask, [{**QUESTION, "image": image}])
+def test_without_tools_one_turn_says_the_answer(monkeypatch, tmp_path, ask, image):
+    image and image.save(tmp_path / "a.png")
+    picture = str(tmp_path / "a.png")
+    openings, [row] = asked(monkeypatch, tmp_path, ask, [{**QUESTION, "image": image and picture}])
     assert openings == ["Which city?" + ASKED[ask] + (" Only return the answer." if image is None else "")]
     assert (row["question"], row["pred_answer"], row["em"], len(row["turns"])) == ("Which city?", "Paris", 1.0, 1)
 
 
-def test_without_tools_a_search_ends_the_one_turn(monkeypatch):
-    _, [row] = asked(monkeypatch, "direct", [QUESTION], text="<think> I must know. </think> <search> city </search>")
+def test_without_tools_a_search_ends_the_one_turn(monkeypatch, tmp_path):
+    _, [row] = asked(monkeypatch, tmp_path, "direct", [QUESTION], text="<think> I must know. </think> <search> city </search>")
     assert (len(row["turns"]), row["stop"], row["em"]) == (1, "turns", 0.0)
 
 
-def test_with_tools_the_instructions_are_those_of_training(monkeypatch):
-    openings, [row] = asked(monkeypatch, "agent", [QUESTION])
+def test_with_tools_the_instructions_are_those_of_training(monkeypatch, tmp_path):
+    openings, [row] = asked(monkeypatch, tmp_path, "agent", [QUESTION])
     assert openings == ["Which city?" + PROMPTS["full"]["search"]]
     assert (row["pred_answer"], row["stop"]) == (None, "invalid")  # no tag, no answer
 
 
-def test_rag_searches_once_for_the_question(monkeypatch):
+def test_rag_searches_once_for_the_question(monkeypatch, tmp_path):
     class Search:
         queries, spent = [], False
 
@@ -270,7 +275,7 @@ def test_rag_searches_once_for_the_question(monkeypatch):
             return [ToolResult("city" in query, f"1. Content: about {query}", None, None if "city" in query else "timeout", 0.5)
                     for query in queries]
     other = {**QUESTION, "id": 2, "question": "Which river?"}
-    openings, rows = asked(monkeypatch, "rag", [QUESTION, other], Tools(search=Search()))
+    openings, rows = asked(monkeypatch, tmp_path, "rag", [QUESTION, other], Tools(search=Search()))
     assert Search.queries == [["Which city?", "Which river?"]]
     assert openings[1] == ("<information> 1. Content: about Which river? </information>\nWhich river?" + ASKED["rag"]
                            + " Only return the answer.")
@@ -283,21 +288,22 @@ def test_rag_searches_once_for_the_question(monkeypatch):
     ("", None), ("<think> Paris </think>", None)])
 def test_the_answer_of_one_turn(text, answer):
     [rollout], _ = roll_out(shipped(), [QUESTION], Tools(), Limits(1, 96, 512), sampler=replay(shipped(), lambda task: [text]))
-    assert _one_turn_answer(rollout) == answer
+    assert _answer(rollout, "direct") == answer
 
 
 def test_a_turn_that_was_cut_off_is_no_answer():
     [rollout], _ = roll_out(shipped(), [QUESTION], Tools(), Limits(1, 2, 512), temperature=0.0)
-    assert rollout.stop == "length" and rollout.turns[0].text and _one_turn_answer(rollout) is None
+    assert rollout.stop == "length" and rollout.turns[0].text and _answer(rollout, "direct") is None
 
 
 @pytest.mark.parametrize("ask", ["agent", "direct", "cot", "rag"])
-def test_published_items_are_asked_in_every_way(golden, ask):
+def test_published_items_are_asked_in_every_way(golden, tmp_path, ask):
     for benchmark, name in (("mat-search", "MAT-Search.json"), ("mat-coding", "MAT-Coding.json")):
         tasks = load_tasks(golden / "mat_sample" / name, benchmark)
         with CodeTool(workers=1) as code:
             tools, limits = Tools(code, SearchTool(CORPUS)), Limits(2, 8, 4096)
-            scores = evaluate_tasks(shipped(), tasks, tools, limits, benchmark=benchmark, ask=ask, prompt="full")
+            scores = evaluate_tasks(shipped(), tasks, tools, limits, tmp_path / benchmark,
+                                    benchmark=benchmark, ask=ask, prompt="full")
         assert (scores["all"]["n"], scores["failed"]) == (len(tasks), 0)  # the figures themselves may be 0
 
 
@@ -324,6 +330,13 @@ def ask(server, out, *flags):
                "--batch_size", "4", "--output_dir", out, "--search_cache", "", "--prompt", "full", *flags)
 
 
+def delete_failed(out):
+    """Delete the rows of the items that failed, as a user does who wants them to be played again."""
+    lines = (out / "items.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not json.loads(line)["error"]]
+    (out / "items.jsonl").write_text("".join(kept))
+
+
 def is_of(messages, numbers):
     """Whether messages are of one of these of the 12 items: their questions are alike, their pictures are not."""
     picture = parts(messages[0])[1]
@@ -338,7 +351,7 @@ def pictures():
 
 @pytest.mark.parametrize("status", [400, 403, 413, 422])
 def test_a_prompt_that_is_refused_fails_its_item_alone(tmp_path, status):
-    """Also where it is the first; --retry asks for those items again."""
+    """Also where it is the first; items whose rows are deleted are asked for again."""
     def faults(messages):
         return refuse(status, "input flagged") if is_of(messages, {0, 1, 7}) else None
     with ChatServer(stand_in(HELD_OUT), faults) as server:
@@ -348,8 +361,9 @@ def test_a_prompt_that_is_refused_fails_its_item_alone(tmp_path, status):
     assert [row["number"] for row in rows if row["error"] == f"http_{status}: input flagged"] == [0, 1, 7]
     assert (scores["failed"], scores["all"]["em"], len(rows)) == (3, 75.0, 12)
     assert all(row["pred_answer"] is None for row in rows if row["error"])
+    delete_failed(tmp_path)
     with ChatServer(stand_in(HELD_OUT)) as server:
-        done = ask(server, tmp_path, "--retry", "True")
+        done = ask(server, tmp_path)
     assert done.returncode == 0 and json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0, done.stderr
 
 
@@ -359,16 +373,17 @@ def test_a_wrong_model_key_or_address_ends_the_evaluation_before_it_begins(tmp_p
     with ChatServer(stand_in(HELD_OUT), lambda messages: refuse(status, message)) as server:
         done = ask(server, tmp_path / "run")
     assert (done.returncode, done.stdout, len(server.seen)) == (2, "", 1)
-    assert done.stderr == (f"error: {server.url} answers http_{status} for model m ({message}); check --api (it ends in /v1 as "
-                           "a rule), --model and OPENAI_API_KEY\n")
+    assert done.stderr == (f"error: {server.url} gives no reply for model m: http_{status} ({message}); "
+                           "check --api (it ends in /v1 as a rule), --model, OPENAI_API_KEY and the "
+                           "server; the same command goes on\n")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("fault, message", [
-    (refuse(401, "revoked"), "answers http_401 for model m (revoked)"),
-    (refuse(403, "revoked"), "answers http_403 for model m (revoked)"),
-    (refuse(429, "insufficient_quota"), "answers http_429 for model m (insufficient_quota)"),
-    ("http_500", "gives no reply: http_500 (Try again later.)"), ("closed", "gives no reply: unreachable")])
+    (refuse(401, "revoked"), "for model m: http_401 (revoked)"),
+    (refuse(403, "revoked"), "for model m: http_403 (revoked)"),
+    (refuse(429, "insufficient_quota"), "for model m: http_429 (insufficient_quota)"),
+    ("http_500", "gives no reply for model m: http_500 (Try again later.)"), ("closed", "gives no reply for model m: unreachable")])
 def test_an_endpoint_that_dies_in_mid_run_ends_it_within_the_patience_and_the_same_command_goes_on(tmp_path, fault, message):
     faults = [None] * 12 + [fault] * 999  # the probe, the first four items, and half of a turn
     with ChatServer(stand_in(HELD_OUT), faults) as server:
@@ -407,11 +422,14 @@ def test_a_run_of_which_every_item_failed_has_no_scores(tmp_path):
         for _ in range(2):  # nor has it when it is called again
             done = ask(server, tmp_path)
             assert (done.returncode, done.stdout) == (2, "")
-            assert done.stderr.endswith("error: every item failed, so there are no scores; the first with: http_400: images "
-                                        "are not supported; when that is mended, --retry True plays them again\n")
+            assert done.stderr.endswith(
+                "error: every item failed, so there are no scores; the first with: http_400: images are "
+                "not supported; to play items again, delete their rows in "
+                f"{tmp_path / 'items.jsonl'}\n")
     assert len(items(tmp_path)) == 12 and not (tmp_path / "scores.json").exists()
+    delete_failed(tmp_path)
     with ChatServer(stand_in(HELD_OUT)) as server:
-        done = ask(server, tmp_path, "--retry", "True")
+        done = ask(server, tmp_path)
     assert done.returncode == 0 and json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0
 
 
