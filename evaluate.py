@@ -13,7 +13,6 @@ endpoint; ways of asking, and playing every task; the command line. Standard out
 of JSON: {"all": {"f1", "em", "n", …}, "simple": …}.
 Left out on purpose: votes over samples, models as judges, prices.
 """
-import fcntl
 import json
 import os
 import random
@@ -47,11 +46,11 @@ from data.tasks import Benchmark, describe, load_tasks, read_golds, split_of
 from reward import grade
 from tools import CodeTool, RequestFailed, SearchTool, fetch, parse_action, split_address
 
-if TYPE_CHECKING:  # torch takes seconds to load, and scoring does without
+if TYPE_CHECKING:  # these load torch, which takes seconds, and scoring does without
     from model import Policy
     from rollout import Limits, Rollout, Tools
 
-# -------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 SPLITS = ("all", "simple", "hard", "coding", "search")  # with figures of their own
 RESAMPLES = 2_000  # of a bootstrap
 
@@ -152,11 +151,10 @@ def _average(grades: np.ndarray, items: np.ndarray) -> list[dict]:
             for (f1, *f1_95), (em, *em_95) in (columns[:2], columns[2:])]
 
 
-# ------------------------------------------------------------------------------------------ endpoint
+# ----------------------------------------------------------------------------------------- endpoint
 PROBE = [{"role": "user", "content": "Say hello."}]  # any endpoint that works answers this
 OWN_SHARE = 0.8  # of the patience, for the tries of a reply itself; the rest is for the probe
 TEXT_PARTS, THOUGHT_PARTS = ("text", "output_text"), ("thinking", "reasoning")  # of a content
-TOKENS = ("prompt_tokens", "completion_tokens")
 OTHER_SHAPE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of some JSON
 
 
@@ -211,7 +209,8 @@ class ChatModel:
             raise ValueError("OPENAI_API_KEY has characters that no key has; set it again")
         self.parameters = {"max_tokens": self.max_new_tokens, "temperature": self.temperature}
         self.unanswered = 0
-        self.usage = Counter(dict.fromkeys(("requests", "retries", "uncounted", "empty", *TOKENS), 0))
+        self.usage = Counter(requests=0, retries=0, uncounted=0, empty=0,
+                             prompt_tokens=0, completion_tokens=0)
         self._lock = threading.Lock()
 
     def check(self, share: float = 1.0) -> None:
@@ -276,7 +275,8 @@ class ChatModel:
         try:
             reply = json.loads(body)
             usage = reply.get("usage") or {}
-            tokens = {name: usage[name] for name in TOKENS if isinstance(usage.get(name), int)}
+            tokens = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")
+                      if isinstance(usage.get(name), int)}
             self._count(uncounted=not tokens, **tokens)
             choice = reply["choices"][0]
             if choice.get("finish_reason") == "error":
@@ -397,7 +397,7 @@ def _user_message(text: str, image: Image.Image | None) -> dict:
                                         {"type": "text", "text": text}]}
 
 
-# ------------------------------------------------------------------------ ways of asking, and playing
+# ---------------------------------------------------------------------- ways of asking, and playing
 ASKED = {  # behind the question where no tools are offered; "direct" has the paper's words
     "direct": "\nAnswer the question directly. The answer should be very brief.",
     "cot": "\nThink step by step between <think> and </think>. Then answer as briefly as possible: "
@@ -459,7 +459,6 @@ def read_items(out: Path) -> dict[Key, dict]:
 
 def _played_before(out: Path, tasks: list[dict]) -> dict[Key, dict]:
     """The rows of an earlier start. ValueError if they are of other tasks."""
-    out.mkdir(parents=True, exist_ok=True)
     drop_cut_row(out / "items.jsonl")
     done = read_items(out)
     for (place, _), row in done.items():
@@ -501,8 +500,8 @@ def _play_batch(settings: Settings, tasks: list[dict], batch: range) -> None:
     if tools.search and tools.search.spent:
         raise ValueError("--search_budget is spent; the same command goes on, with the items that "
                          "were under way")
-    rows = []
-    for (place, sample), (rollout, error) in zip(_keys(batch, settings.samples), played, strict=True):
+    rows, keys = [], _keys(batch, settings.samples)
+    for (place, sample), (rollout, error) in zip(keys, played, strict=True):
         task, answer = tasks[place], None if error else _answer(rollout, settings.ask)
         f1, em = grade(answer, task["answers"], settings.benchmark == "mat-coding", fair=False)
         row = rollout_row(rollout, out / "items", f"{place}-{sample}")
@@ -541,7 +540,7 @@ def _asked(settings: Settings, tasks: list[dict]) -> list[dict]:
 def _play(settings: Settings, items: list[dict], seed: int) -> list[tuple["Rollout", str | None]]:
     """(rollout, error or None) of every sample of every item. If the items fail as a whole, they
     are played one by one."""
-    import torch
+    import torch  # not at the top, where it would cost scoring some seconds
 
     from rollout import Rollout, roll_out
     limits, prompt = settings.limits, settings.prompt
@@ -588,8 +587,8 @@ def _ask(settings: Settings, errors: dict[int, str], live: list["Rollout"]
 
 
 def _answer(rollout: "Rollout", ask: str) -> str | None:
-    """The answer in its tags. Where no tools are offered, none may be asked for: then it is all
-    that is said after the thought, unless the turn was cut off."""
+    """The answer in its tags. Without tools the tags are optional, and the answer may be all that
+    stands after the thought. A turn that was cut off gives none."""
     if ask == "agent" or rollout.answer is not None or rollout.stop == "length":
         return rollout.answer
     return rollout.turns[0].text.rpartition("</think>")[2].strip() or None
@@ -633,7 +632,7 @@ def released_crop(code: str, task: dict, size: tuple[int, int]) -> str:
     return SLICE.sub(f"[{y_min}:{y_max}, {x_min}:{x_max}]", code)
 
 
-# -------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 @dataclass
 class Arguments:
     """The command line."""
@@ -704,8 +703,6 @@ def _check_flags(args: Arguments) -> None:
     if args.samples > 1 and args.temperature == 0:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: samples of a "
                          "greedy policy are all the same; give --temperature 1")
-    if args.ask == "rag" and args.tools == "off":
-        raise ValueError("--ask rag searches once for every question; leave out --tools off")
     if args.api and (args.released_context or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         raise ValueError("--api takes one process, with a larger --batch_size, and no "
                          "--released_context")
@@ -738,7 +735,7 @@ def _run(args: Arguments) -> dict[str, dict]:
     if args.api:
         chat = ChatModel(args.api, args.model, args.max_new_tokens, args.temperature,
                          timeout=args.api_timeout, patience=args.api_patience)
-    if args.tools == "on":
+    if args.tools == "on" or args.ask == "rag":
         search = SearchTool(args.corpus, args.topk, pages=args.search_pages,
                             cache=args.search_cache, budget=args.search_budget)
     if search and is_first:
@@ -774,7 +771,6 @@ def _load_and_play(args: Arguments, tasks: list[dict], code: CodeTool | None,
         disable_progress_bar()  # of weights that are not used
     policy = load_policy(model)
     if os.environ.get("RANK", "0") == "0":
-        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
     tools = Tools(code, search, released_crop if args.released_crop else None)
     try:
@@ -811,10 +807,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.report:
             print(write_report(args.report))
             return 0
-        for name in ("rescore", "compare"):
-            if getattr(args, name) and not args.benchmark:
-                raise ValueError(f"--{name} needs --benchmark, as benchmarks score differently; "
-                                 "add --benchmark NAME")
+        if (args.rescore or args.compare) and not args.benchmark:
+            raise ValueError("--rescore and --compare need --benchmark, as benchmarks score "
+                             "differently; add --benchmark NAME")
         if args.compare and len(args.compare) != 2:
             raise ValueError(f"--compare takes two files, got {len(args.compare)}; "
                              "write --compare A.json B.json")

@@ -483,9 +483,9 @@ def test_rescoring_does_not_load_torch(tmp_path):
 @pytest.mark.parametrize("args, message", [
     ([], "give --model and --tasks; or --rescore FILE --benchmark NAME"),
     (["--model", "m", "--tasks", "absent.json"], "absent.json: no such file; give the path of a .json or .jsonl file"),
-    (["--rescore", "p.json"], "--rescore needs --benchmark, as benchmarks score differently; add --benchmark NAME"),
+    (["--rescore", "p.json"], "--rescore and --compare need --benchmark, as benchmarks score differently; add --benchmark NAME"),
     (["--compare", "a.json", "b.json"],
-     "--compare needs --benchmark, as benchmarks score differently; add --benchmark NAME"),
+     "--rescore and --compare need --benchmark, as benchmarks score differently; add --benchmark NAME"),
     (["--compare", "a.json", "--benchmark", "2wiki"], "--compare takes two files, got 1; write --compare A.json B.json"),
     (["--rescore", "absent.json", "--benchmark", "2wiki"],
      "absent.json: no such file; give the path of a .json or .jsonl file"),
