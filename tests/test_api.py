@@ -63,7 +63,8 @@ def always(fault):
 # ---- what is sent --------------------------------------------------------------------------------
 
 CHAIN = ["<think> It is dark. </think> <problem> {'dark'} </problem>",
-         "<think> I turn it. </think> <code>\nresult = image.transpose(2)  # by 90 degrees\n</code>",
+         "<think> I turn it. </think> "
+         "<code>\nresult = image.transpose(2)  # by 90 degrees\n</code>",
          "<think> Now this fails. </think> <code> fail </code>",
          "<think> I look it up. </think> <search> seal of Italy </search>",
          "<think> I know it. </think> <answer> C </answer>"]
@@ -78,7 +79,8 @@ def test_an_endpoint_is_shown_what_the_local_model_sees(policy, image, prompt, h
     task = {"id": 1, "family": "coding", "question": f"Which letter? {special}",
             "image": image if has_image else None}
     seen_locally = []
-    with CodeTool(workers=1) as code, ChatServer(lambda messages: CHAIN[len(messages) // 2]) as server:
+    server = ChatServer(lambda messages: CHAIN[len(messages) // 2])
+    with CodeTool(workers=1) as code, server:
         chat = ChatModel(server.url, "any", max_new_tokens=99)
 
         def sampler(live):
@@ -122,8 +124,8 @@ def rendered(policy, messages):
             return message["content"]
         return [{"type": "image"} if part["type"] == "image_url" else part
                 for part in message["content"]]
-    return policy.tokenizer.apply_chat_template([{**message, "content": content(message)} for message in messages],
-                                                tokenize=False, add_generation_prompt=True)
+    shown = [{**message, "content": content(message)} for message in messages]
+    return policy.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
 
 
 def test_the_exact_json_of_a_request(image):
@@ -173,7 +175,7 @@ def words(text):
 
 
 @pytest.mark.parametrize("message, reason, expected", [
-    # the thought apart, as servers with a reasoning parser send it: stripped, or as the model wrote it
+    # the thought apart, as servers with a reasoning parser send it: stripped, or as it was written
     ({"content": "<answer> C </answer>", "reasoning_content": "I see."}, "stop",
      "<think> I see. </think>\n<answer> C </answer>"),
     ({"content": "<answer> C </answer>", "reasoning": "I see."}, "stop",
@@ -221,7 +223,8 @@ def words(text):
     ({"content": "<answer> C", "reasoning": "I see."}, "length",
      "<think> I see. </think>\n<answer> C")])
 def test_a_thought_that_the_server_split_off_is_put_back(message, reason, expected):
-    reply, chat, _ = ask(reply={"choices": [{"message": {"role": "assistant", **message}, "finish_reason": reason}]})
+    choice = {"message": {"role": "assistant", **message}, "finish_reason": reason}
+    reply, chat, _ = ask(reply={"choices": [choice]})
     assert reply == (expected, reason != "length") and chat.usage["empty"] == 0
 
 
@@ -244,7 +247,8 @@ def test_a_turn_that_is_split_and_put_together_is_the_same(turn, strip):
     ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, "stop"),
     ({"content": None}, "content_filter"), ({"content": " \n"}, "stop"), ({"content": []}, "stop"),
     ({}, None), ({"content": None, "reasoning_content": "I may not."}, "stop")])
-def test_a_reply_without_a_text_is_an_invalid_turn_that_is_counted_and_said_once(capfd, message, reason):
+def test_a_reply_without_a_text_is_an_invalid_turn_that_is_counted_and_said_once(capfd, message,
+                                                                                 reason):
     body = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": reason}]}
     with ChatServer(lambda messages: body) as server:
         chat = ChatModel(server.url, "any")
@@ -252,8 +256,9 @@ def test_a_reply_without_a_text_is_an_invalid_turn_that_is_counted_and_said_once
         replies = [chat.reply(QUESTION) for _ in range(3)]
     assert all(whole and tools.parse_action(text).kind == "invalid" for text, whole in replies)
     assert chat.usage["empty"] == 3 and chat.usage["requests"] == 4
-    assert capfd.readouterr().err == (f"{server.url}: a reply without a text (finish_reason {reason}) counts as an invalid "
-                                      "turn; `empty` in usage.jsonl counts them\n")
+    assert capfd.readouterr().err == (
+        f"{server.url}: a reply without a text (finish_reason {reason}) counts as an invalid turn; "
+        "`empty` in usage.jsonl counts them\n")
 
 
 @pytest.mark.parametrize("status", [200, 201])
@@ -306,8 +311,8 @@ def test_what_may_pass_is_asked_again(name):
     assert chat.usage["retries"] == num_faults or name in SLOW
     assert all(request.body == server.seen[0].body for request in server.seen)
     failure, chat, server = ask([name], **options, backoff=10.0)
-    assert isinstance(failure,
-                      ApiFailed) and str(failure) == KINDS[name] and chat.usage["retries"] == 0
+    assert isinstance(failure, ApiFailed)
+    assert str(failure) == KINDS[name] and chat.usage["retries"] == 0
     assert [request.body["messages"] == PROBE for request in server.seen] == [False, True]
 
 
@@ -324,8 +329,8 @@ def test_json_of_another_shape_is_a_bad_reply(body):
 def test_a_slow_server_is_left_at_the_deadline(name):
     start = time.monotonic()
     failure, chat, _ = ask(always(name), timeout=60.0, patience=0.5)
-    assert isinstance(failure,
-                      ApiRefused) and "gives no reply for model any: timeout" in str(failure)
+    assert isinstance(failure, ApiRefused)
+    assert "gives no reply for model any: timeout" in str(failure)
     assert 0.5 <= time.monotonic() - start < 0.5 + SLACK and chat.usage["requests"] == 2
     failure, _, _ = ask(for_items(name), timeout=60.0, patience=0.5)
     # it has left time for the probe
@@ -350,8 +355,7 @@ def test_no_server_is_unreachable(capfd):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     chat = ChatModel(url, "any", patience=0.5, backoff=0.3)
     for _ in range(2):
-        with pytest.raises(ApiRefused,
-                           match=r"gives no reply for model any: unreachable \(\[Errno 111\] Connection refused\); "):
+        with pytest.raises(ApiRefused, match=r"unreachable \(\[Errno 111\] Connection refused\); "):
             chat.reply(QUESTION)
     # once
     assert capfd.readouterr().err == (f"{url}: unreachable; asks again, for up to 0.5 s a reply\n")
@@ -400,8 +404,8 @@ def test_a_wait_that_is_past_or_unreadable_is_our_own(wait):
 def test_nobody_waits_past_the_patience(wait):
     start = time.monotonic()
     failure, _, server = ask(always(refuse(429, Retry_After=wait)))
-    assert isinstance(failure,
-                      ApiRefused) and "gives no reply for model any: http_429 (Try again later.)" in str(failure)
+    assert isinstance(failure, ApiRefused)
+    assert "gives no reply for model any: http_429 (Try again later.)" in str(failure)
     assert time.monotonic() - start < SLACK and len(server.seen) == 2  # the second is the probe
 
 
@@ -422,7 +426,8 @@ def test_what_a_request_did_wrong_is_said_in_the_words_of_the_server(status, bod
     assert isinstance(failure, ApiFailed) and chat.usage["requests"] == 2 and chat.unanswered == 0
     if message is not None:
         assert str(failure) == f"http_{status}: {message}"
-    assert str(failure).startswith(f"http_{status}") and str(failure).isprintable() and len(str(failure)) <= 310
+    assert str(failure).startswith(f"http_{status}") and str(failure).isprintable()
+    assert len(str(failure)) <= 310
 
 
 @pytest.mark.parametrize("status, message", [
@@ -438,8 +443,8 @@ def test_what_would_fail_every_item_is_refused_at_once(status, message):
         with pytest.raises(ApiRefused) as failure:
             ChatModel(server.url, "any").check()
     assert str(failure.value) == (
-        f"{server.url} gives no reply for model any: http_{status} ({message}); check --api (it ends "
-        "in /v1 as a rule), --model, OPENAI_API_KEY and the server; the same command goes on")
+        f"{server.url} gives no reply for model any: http_{status} ({message}); check --api (it "
+        "ends in /v1 as a rule), --model, OPENAI_API_KEY and the server; the same command goes on")
 
 
 def test_the_probe_has_the_parameters_of_a_turn_and_learns_which_are_refused():
@@ -459,11 +464,11 @@ def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(na
     start = time.monotonic()
     options = {"patience": 0.5, "timeout": 0.15, "backoff": 0.05}
     failure, chat, _ = ask(for_items(name), **options)
-    assert isinstance(failure,
-                      ApiFailed) and str(failure) == KINDS.get(name, "timeout") and chat.unanswered == 1
+    assert isinstance(failure, ApiFailed)
+    assert str(failure) == KINDS.get(name, "timeout") and chat.unanswered == 1
     failure, chat, _ = ask(always(name), **options)
-    assert isinstance(failure,
-                      ApiRefused) and f"gives no reply for model any: {KINDS.get(name, 'timeout')} (" in str(failure)
+    assert isinstance(failure, ApiRefused)
+    assert f"gives no reply for model any: {KINDS.get(name, 'timeout')} (" in str(failure)
     assert time.monotonic() - start < 2 * 0.5 + SLACK
 
 
@@ -518,8 +523,10 @@ def test_a_payload_that_is_refused_before_its_end_is_no_lost_connection(drain):
         thread.join()
 
 
-NO_MAX_TOKENS = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-NO_TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+NO_MAX_TOKENS = ("Unsupported parameter: 'max_tokens' is not supported with this model. "
+                 "Use 'max_completion_tokens' instead.")
+NO_TEMPERATURE = ("Unsupported value: 'temperature' does not support 0 with this model. "
+                  "Only the default (1) value is supported.")
 
 
 def test_a_reasoning_models_parameters_are_learnt_once(capfd):
@@ -527,7 +534,8 @@ def test_a_reasoning_models_parameters_are_learnt_once(capfd):
     once."""
     def strict(handler, good):
         sent = server.seen[-1].body
-        wrong = NO_MAX_TOKENS if "max_tokens" in sent else NO_TEMPERATURE if "temperature" in sent else None
+        wrong = NO_TEMPERATURE if "temperature" in sent else None
+        wrong = NO_MAX_TOKENS if "max_tokens" in sent else wrong
         return refuse(400, wrong)(handler, good) if wrong else send(handler, good)
     with ChatServer(lambda messages: ANSWER, [strict] * 5) as server:
         # it does not wait
@@ -538,7 +546,8 @@ def test_a_reasoning_models_parameters_are_learnt_once(capfd):
                      *[["max_completion_tokens"]] * 3]
     assert chat.parameters == {"max_completion_tokens": 99} and chat.usage["retries"] == 2
     assert capfd.readouterr().err == (
-        f"{server.url}: {NO_MAX_TOKENS}; going on with {{'temperature': 0.0, 'max_completion_tokens': 99}}\n"
+        f"{server.url}: {NO_MAX_TOKENS}; going on with "
+        "{'temperature': 0.0, 'max_completion_tokens': 99}\n"
         f"{server.url}: {NO_TEMPERATURE}; going on with {{'max_completion_tokens': 99}}\n")
 
 
@@ -583,8 +592,9 @@ def test_without_a_key_none_is_sent(monkeypatch, tmp_path):
 def test_the_key_is_sent_as_a_bearer_and_shown_to_nobody(monkeypatch, capfd):
     """Also not where the server sends it back, in a reply or an error."""
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
-    texts, escaped = [], b'{"error": {"message": "%s \\u0073%s is wrong"}}' % (b"x" * 285, KEY[1:].encode())
-    for faults, reply in ([], f"You are {KEY}."), ([lambda handler, good: send(handler, escaped, 400)], ANSWER), *(
+    escaped = b'{"error": {"message": "%s \\u0073%s is wrong"}}' % (b"x" * 285, KEY[1:].encode())
+    texts, hidden = [], [lambda handler, good: send(handler, escaped, 400)]
+    for faults, reply in ([], f"You are {KEY}."), (hidden, ANSWER), *(
             ([refuse(status, f"{KEY} is wrong")] * 9, ANSWER)
             for status in (400, 401, 404, 422, 429, 500, 503)):
         outcome, chat, server = ask(faults, reply, backoff=0.01 if faults == ["http_500"] else 10.0)
@@ -609,7 +619,8 @@ def test_a_placeholder_for_a_key_is_no_secret(monkeypatch):
 def test_a_redirect_is_refused_and_does_not_get_the_key(monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with ChatServer(lambda messages: ANSWER) as other:
-        failure, _, server = ask(always(refuse(status, "moved", Location=f"{other.url}/chat/completions")))
+        moved = refuse(status, "moved", Location=f"{other.url}/chat/completions")
+        failure, _, server = ask(always(moved))
         assert isinstance(failure, ApiRefused) and "check --api" in str(failure)
         assert len(server.seen) == 2 and other.seen == []
 
@@ -683,8 +694,10 @@ def test_the_server_as_a_command_knows_tasks_by_their_pixels():
                 rollout = Rollout(task, [], [], [], pictures=[picture], opening=opening)
                 text, _ = chat.reply(rollout)
                 rollout.turns.append(Turn(text, tools.parse_action(text), None, "What now?"))
-                assert rollout.turns[0].action.kind == {"search": "search", "coding": "code"}[task["family"]]
-                assert tools.parse_action(chat.reply(rollout)[0]) == Action("answer", task["answers"][0])
+                kinds = {"search": "search", "coding": "code"}
+                assert rollout.turns[0].action.kind == kinds[task["family"]]
+                answer = tools.parse_action(chat.reply(rollout)[0])
+                assert answer == Action("answer", task["answers"][0])
             rollout.pictures[0] = ImageChops.offset(picture, 1)
             assert "unknown" in chat.reply(rollout)[0]
         finally:

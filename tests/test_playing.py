@@ -81,16 +81,17 @@ def alone(tmp_path_factory):
 
 def test_rows_pictures_and_figures_are_those_of_the_episodes(alone):
     rows, scores = items(alone), json.loads((alone / "scores.json").read_text())
-    assert [(row["number"], row["sample"])
-            for row in rows] == [(n, k) for n in range(12) for k in range(2)]
+    keys = [(n, k) for n in range(12) for k in range(2)]
+    assert [(row["number"], row["sample"]) for row in rows] == keys
     assert [row["id"] for row in rows[::2]] == [task["id"] for task in some_tasks()]
     # sampled, not copied
     assert any(a["turns"] != b["turns"] for a, b in zip(rows[::2], rows[1::2]))
     shown = [turn["image"] for row in rows for turn in row["turns"] if "image" in turn]
     assert shown and {path.name for path in (alone / "items").iterdir()} == set(shown)
-    assert scores["tools"]["calls"] == sum("ok" in turn for row in rows
-                                           for turn in row["turns"]) > 5
-    assert scores["tools"]["turns"] == pytest.approx(sum(len(row["turns"]) for row in rows) / 24, abs=0.01)
+    calls = [turn for row in rows for turn in row["turns"] if "ok" in turn]
+    assert scores["tools"]["calls"] == len(calls) > 5
+    turns = sum(len(row["turns"]) for row in rows)
+    assert scores["tools"]["turns"] == pytest.approx(turns / 24, abs=0.01)
     assert sum(scores["stops"].values()) == scores["all"]["n"] == 24 and scores["failed"] == 0
     assert scores["all"]["em"] == pytest.approx(100 * sum(row["em"] for row in rows) / 24, abs=0.01)
     for key in ("f1", "em"):
@@ -107,9 +108,11 @@ def test_rows_pictures_and_figures_are_those_of_the_episodes(alone):
 def test_a_batch_is_played_side_by_side(monkeypatch, tmp_path):
     """All its samples, however long an episode may get."""
     sizes = []
-    monkeypatch.setattr("rollout.sample",
-                        lambda policy, rows,
-                        **options: sizes.append(len(rows)) or sample(policy, rows, **options))
+
+    def counted(policy, rows, **options):
+        sizes.append(len(rows))
+        return sample(policy, rows, **options)
+    monkeypatch.setattr("rollout.sample", counted)
     limits = Limits(1, 4, 512, batch_tokens=512)
     evaluate_tasks(shipped(), some_tasks(), Tools(), limits, tmp_path, batch_size=5, samples=2,
                    temperature=1.0)
@@ -137,7 +140,9 @@ def test_killed_at_random_moments_it_leaves_what_one_left_alone_does(alone, tmp_
         if kills % 3 == 0:
             process.join(rng.uniform(0.1, 0.8))
         else:
-            while process.is_alive() and len(read_items(tmp_path)) == before and time.monotonic() < deadline:
+            while process.is_alive() and time.monotonic() < deadline:
+                if len(read_items(tmp_path)) > before:
+                    break
                 time.sleep(0.01)
             process.join(rng.uniform(0.0, 0.1))
         if process.is_alive():
@@ -156,17 +161,18 @@ def test_killed_at_random_moments_it_leaves_what_one_left_alone_does(alone, tmp_
 
 def test_ranks_share_the_items_and_another_number_of_ranks_goes_on(alone, tmp_path):
     tasks = tmp_path / "tasks.json"
-    tasks.write_text(json.dumps([{key: task[key]
-                                  for key in ("id", "family", "question", "answers", "type", "split")}
-                                 | {"image_path": task["image"]} for task in some_tasks()]))
-    flags = ["--model", "data/model", "--data", tasks, "--benchmark", "offline", "--batch_size",
-             "4", "--samples", "2",
-             "--temperature", "1.0", "--max_turns", "4", "--max_new_tokens", "96", "--max_tokens",
-             "512", "--output_dir", tmp_path / "run"]
+    keys = ("id", "family", "question", "answers", "type", "split")
+    rows = [{"image_path": task["image"], **{key: task[key] for key in keys}}
+            for task in some_tasks()]
+    tasks.write_text(json.dumps(rows))
+    flags = ["--model", "data/model", "--data", tasks, "--benchmark", "offline",
+             "--batch_size", "4", "--samples", "2", "--temperature", "1.0", "--max_turns", "4",
+             "--max_new_tokens", "96", "--max_tokens", "512", "--output_dir", tmp_path / "run"]
     with ThreadPoolExecutor(2) as pool:
         done, second = pool.map(lambda rank: run(*flags, **rank), environments_of_ranks(2))
     assert done.returncode == second.returncode == 0, done.stderr + second.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["all"] == json.loads((alone / "scores.json").read_text())["all"]
+    scores = json.loads((alone / "scores.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1])["all"] == scores["all"]
     assert (done.stdout.count('"all"'), second.stdout) == (1, "")  # one rank speaks
     assert items(tmp_path / "run") == items(alone)
     rows = (tmp_path / "run" / "items.jsonl").read_text().splitlines(keepends=True)
@@ -176,9 +182,10 @@ def test_ranks_share_the_items_and_another_number_of_ranks_goes_on(alone, tmp_pa
     assert done.returncode == 0, done.stderr
     assert items(tmp_path / "run") == items(alone)
     done = run(*flags, "--seed", "1")
-    assert (done.returncode,
-            done.stderr) == (2, f"error: --output_dir {tmp_path}/run holds an evaluation with other flags "
-                                "(seed); give the same ones to go on, or choose another folder\n")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: --output_dir {tmp_path}/run holds an evaluation with other flags (seed); "
+        "give the same ones to go on, or choose another folder\n")
 
 
 def test_a_rank_plays_its_share_however_far_the_others_are(alone, tmp_path, monkeypatch):
@@ -189,26 +196,28 @@ def test_a_rank_plays_its_share_however_far_the_others_are(alone, tmp_path, monk
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert evaluate(tmp_path, samples=2, temperature=1.0) == {}
-    assert sorted(read_items(tmp_path)) == [(number, sample) for number in range(8)
-                                            for sample in range(2)]
+    keys = [(number, sample) for number in range(8) for sample in range(2)]
+    assert sorted(read_items(tmp_path)) == keys
 
 
 def test_a_folder_of_other_tasks_is_refused(alone):
-    with pytest.raises(ValueError,
-                       match="item 0 is 'heldout-coding-000' and not 'heldout-coding-020': the tasks have changed"):
+    changed = "item 0 is 'heldout-coding-000' and not 'heldout-coding-020': the tasks have changed"
+    with pytest.raises(ValueError, match=changed):
         evaluate(alone, some_tasks()[1:], samples=2, temperature=1.0)
 
 
 @pytest.mark.parametrize("name, text, words", [
     ("metrics.jsonl", "",
-     "holds a training run; choose another folder; to evaluate what it trained give --model {0}/model"),
+     "holds a training run; choose another folder; "
+     "to evaluate what it trained give --model {0}/model"),
     ("config.json", '{"prompts_per_step": 8, "model": "data/model"}', "holds a training run"),
     ("config.json", '{"model_type": "qwen2_5_vl"}', "holds files of others; choose another folder"),
     ("config.json", "5", "holds files of others"),
     ("predictions.json", "[]", "holds files of others"),
     ("config.json", '{"benchmark": "offline"}',
      "holds an evaluation with other flags (ask, batch_size, ")])
-def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(tmp_path, capsys, name, text, words):
+def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(tmp_path, capsys, name, text,
+                                                                words):
     (tmp_path / name).write_text(text)
     assert main(["--model", "data/model", "--data", str(HELD_OUT), "--output_dir",
                  str(tmp_path)]) == 2
@@ -231,8 +240,8 @@ def test_a_row_that_a_kill_cut_off_is_played_again(tmp_path):
 # ---- items that fail -----------------------------------------------------------------------------
 
 def test_an_item_that_fails_is_recorded_and_the_others_of_its_batch_are_played(tmp_path):
-    tasks = some_tasks()[:3] + [{**some_tasks()[3],
-                                 "question": "What character is on the sign? " * 100}] + some_tasks()[4:6]
+    tasks = some_tasks()[:6]
+    tasks[3] = {**tasks[3], "question": "What character is on the sign? " * 100}
     scores = evaluate(tmp_path / "run", tasks)
     whole = evaluate(tmp_path / "whole", some_tasks()[:6])
     rows = items(tmp_path / "run")
@@ -303,13 +312,12 @@ def test_rag_searches_once_for_the_question(monkeypatch, tmp_path):
     other = {**QUESTION, "id": 2, "question": "Which river?"}
     openings, rows = asked(monkeypatch, tmp_path, "rag", [QUESTION, other], Tools(search=Search()))
     assert Search.queries == [["Which city?", "Which river?"]]
-    assert openings[1] == ("<information> 1. Content: about Which river? </information>\nWhich river?" + ASKED["rag"]
-                           + " Only return the answer.")
-    assert [row["question"]
-            for row in rows] == ["Which city?", "Which river?"] and rows[1]["prompt"] == openings[1]
-    assert summarize(rows,
-                     None)["tools"] == {"turns": 1.0, "calls": 2, "errors": {"timeout": 1},
-                                        "seconds": 1.0}
+    found = "<information> 1. Content: about Which river? </information>\n"
+    assert openings[1] == found + "Which river?" + ASKED["rag"] + " Only return the answer."
+    assert [row["question"] for row in rows] == ["Which city?", "Which river?"]
+    assert rows[1]["prompt"] == openings[1]
+    assert summarize(rows, None)["tools"] == {
+        "turns": 1.0, "calls": 2, "errors": {"timeout": 1}, "seconds": 1.0}
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -402,19 +410,22 @@ def test_a_prompt_that_is_refused_fails_its_item_alone(tmp_path, status):
     delete_failed(tmp_path)
     with ChatServer(stand_in(HELD_OUT)) as server:
         done = ask(server, tmp_path)
-    assert done.returncode == 0 and json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0
 
 
 @pytest.mark.parametrize("status, message",
                          [(400, "Invalid model name passed in model=m"), (401, "Invalid key"),
                           (404, "No such path")])
-def test_a_wrong_model_key_or_address_ends_the_evaluation_before_it_begins(tmp_path, status, message):
+def test_a_wrong_model_key_or_address_ends_the_evaluation_before_it_begins(tmp_path, status,
+                                                                           message):
     with ChatServer(stand_in(HELD_OUT), lambda messages: refuse(status, message)) as server:
         done = ask(server, tmp_path / "run")
     assert (done.returncode, done.stdout, len(server.seen)) == (2, "", 1)
-    assert done.stderr == (f"error: {server.url} gives no reply for model m: http_{status} ({message}); "
-                           "check --api (it ends in /v1 as a rule), --model, OPENAI_API_KEY and the "
-                           "server; the same command goes on\n")
+    assert done.stderr == (
+        f"error: {server.url} gives no reply for model m: http_{status} ({message}); check --api "
+        "(it ends in /v1 as a rule), --model, OPENAI_API_KEY and the server; "
+        "the same command goes on\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -424,7 +435,9 @@ def test_a_wrong_model_key_or_address_ends_the_evaluation_before_it_begins(tmp_p
     (refuse(429, "insufficient_quota"), "for model m: http_429 (insufficient_quota)"),
     ("http_500", "gives no reply for model m: http_500 (Try again later.)"),
     ("closed", "gives no reply for model m: unreachable")])
-def test_an_endpoint_that_dies_in_mid_run_ends_it_within_the_patience_and_the_same_command_goes_on(tmp_path, fault, message):
+def test_an_endpoint_that_dies_in_mid_run_ends_it_and_the_same_command_goes_on(tmp_path, fault,
+                                                                               message):
+    """It ends within the patience."""
     faults = [None] * 12 + [fault] * 999  # the probe, the first four items, and half of a turn
     with ChatServer(stand_in(HELD_OUT), faults) as server:
         done = ask(server, tmp_path, "--api_patience", "2")
@@ -436,7 +449,8 @@ def test_an_endpoint_that_dies_in_mid_run_ends_it_within_the_patience_and_the_sa
             for row in items(tmp_path)] == [(n, None) for n in range(4)]
     with ChatServer(stand_in(HELD_OUT)) as server:
         done = ask(server, tmp_path, "--api_patience", "2")
-    assert done.returncode == 0 and json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0
     # what was answered is not asked again
     assert not any(is_of(request.body["messages"], range(4)) for request in server.seen)
     assert len((tmp_path / "usage.jsonl").read_text().splitlines()) == 2
@@ -450,18 +464,18 @@ def test_an_endpoint_that_answers_no_item_in_time_ends_the_run_and_one_item_does
         done = ask(server, tmp_path / "none", "--api_patience", "2")
     assert (done.returncode,
             done.stdout) == (2, "") and server.seen[-1].time - server.seen[0].time < 2.0 + 2.0
-    assert "answers a short prompt, but no item in time (http_500); check the server and --api_timeout" in done.stderr
+    assert "answers a short prompt, but no item in time (http_500); check the" in done.stderr
     assert [row["error"] for row in items(tmp_path / "none")] == ["http_500"] * 4
     with ChatServer(stand_in(HELD_OUT)) as server:
         done = ask(server, tmp_path / "none", "--api_patience", "2")
-    assert done.returncode == 0 and [row["error"]
-                                     for row in items(tmp_path / "none")] == ["http_500"] * 4 + [None] * 8
+    assert done.returncode == 0, done.stderr
+    assert [row["error"] for row in items(tmp_path / "none")] == ["http_500"] * 4 + [None] * 8
     with ChatServer(stand_in(HELD_OUT),
                     lambda messages: "http_500" if is_of(messages, {11}) else None) as server:
         # the last, alone in its batch
         done = ask(server, tmp_path / "one", "--api_patience", "2", "--batch_size", "1")
-    assert done.returncode == 0 and [row["error"]
-                                     for row in items(tmp_path / "one")] == [None] * 11 + ["http_500"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [row["error"] for row in items(tmp_path / "one")] == [None] * 11 + ["http_500"]
 
 
 def test_a_run_of_which_every_item_failed_has_no_scores(tmp_path):
@@ -472,14 +486,15 @@ def test_a_run_of_which_every_item_failed_has_no_scores(tmp_path):
             done = ask(server, tmp_path)
             assert (done.returncode, done.stdout) == (2, "")
             assert done.stderr.endswith(
-                "error: every item failed, so there are no scores; the first with: http_400: images are "
-                "not supported; to play items again, delete their rows in "
+                "error: every item failed, so there are no scores; the first with: http_400: "
+                "images are not supported; to play items again, delete their rows in "
                 f"{tmp_path / 'items.jsonl'}\n")
     assert len(items(tmp_path)) == 12 and not (tmp_path / "scores.json").exists()
     delete_failed(tmp_path)
     with ChatServer(stand_in(HELD_OUT)) as server:
         done = ask(server, tmp_path)
-    assert done.returncode == 0 and json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["all"]["em"] == 100.0
 
 
 def test_replies_without_a_text_are_invalid_turns_that_usage_counts(tmp_path):
@@ -489,7 +504,8 @@ def test_replies_without_a_text_are_invalid_turns_that_usage_counts(tmp_path):
         return completion(None, "content_filter") if is_of(messages, {2, 5}) else replies(messages)
     with ChatServer(filtered) as server:
         done = ask(server, tmp_path)
-    assert done.returncode == 0 and done.stderr.count("a reply without a text (finish_reason content_filter)") == 1
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("a reply without a text (finish_reason content_filter)") == 1
     assert [row["number"] for row in items(tmp_path) if row["stop"] == "invalid"] == [2, 5]
     assert json.loads((tmp_path / "usage.jsonl").read_text())["empty"] == 2
     assert json.loads((tmp_path / "scores.json").read_text())["failed"] == 0
@@ -558,11 +574,12 @@ def test_the_edited_code_is_what_runs():
     code = ("<code> ```python\nimport numpy as np\nfrom PIL import Image\n"
             "a = np.asarray(Image.open('path_to_input_image.jpg'))\n"
             "Image.fromarray(a[0:1, 0:1]).save('path_to_output_image.jpg')\n``` </code>")
+    chain = [code, "<answer> a </answer>"]
     task = {**CROP, "family": "coding", "image": Image.new("RGB", (400, 200))}
     for edit, size in ((None, None), (released_crop, (160, 100))):
         with CodeTool(workers=1) as tool:
             [rollout], _ = roll_out(shipped(), [task], Tools(tool, edit=edit), Limits(2, 300, 4096),
-                                    sampler=replay(shipped(), lambda task: [code, "<answer> a </answer>"]))
+                                    sampler=replay(shipped(), lambda task: chain))
         result = rollout.turns[0].result
         # a picture of one pixel is refused
         assert (result.image.size == size) if size else result.error
