@@ -694,7 +694,7 @@ def _check_flags(args: Arguments) -> None:
         raise ValueError("give --model and --tasks; or --rescore FILE --benchmark NAME")
     for name in ("batch_size", "max_turns", "max_new_tokens", "max_tokens", "samples",
                  "api_timeout", "api_patience"):
-        if getattr(args, name) < 1:
+        if not getattr(args, name) >= 1:  # NaN too
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.temperature < inf:
         raise ValueError(f"--temperature {args.temperature}: must be at least 0, and finite")
