@@ -101,6 +101,24 @@ def append_json_line(path: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Add rows, on the disk when this returns. Processes that write to one file take turns."""
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_cut_row(path: Path) -> None:
+    """Remove a last row without its line end, which a kill cut off. Makes a file that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be in the middle of a row
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write beside and rename: whoever reads the file sees the old text or the new one, never a part."""
     beside = path.with_name(path.name + ".tmp")
