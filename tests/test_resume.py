@@ -15,9 +15,9 @@ import pytest
 import torch.distributed as dist
 from conftest import environments_of_ranks, start_script
 
-from data.files import append_json_line, read_json_lines, take_folder, write_whole
+from data.files import append_json_line, checkpoints, read_json_lines, take_folder, write_whole
 from model import start_ranks
-from train import Config, checkpoints, damaged_files, find_checkpoint, rollout_metrics, step_line
+from train import Config, damaged_files, find_checkpoint, rollout_metrics, step_line
 
 ROOT = Path(__file__).parent.parent
 TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2, "group_size": 2,
@@ -121,6 +121,24 @@ def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, t
     left, expected = left_by(out), left_by(alone)
     assert left.keys() - {"checkpoint-1", "checkpoint-3"} == expected.keys() and "model/model.safetensors" in expected
     assert [name for name in expected if left[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("when", ["loading", "running"])
+def test_ctrl_c_is_answered_in_a_line_and_leaves_what_can_go_on(when, tmp_path):
+    out = tmp_path / "run"
+    process = start(out)
+    happened = {"loading": out.exists, "running": lambda: read_json_lines(out / "metrics.jsonl")}
+    wait_for(process, out, happened[when])
+    os.kill(process.pid, signal.SIGINT)
+    status, output = end(process, out)
+    assert "Traceback" not in output, output
+    if when == "loading":
+        assert status == 130 and output.count("\n") == 1, output
+        assert "stopped before the first step" in output and not out.exists()
+    else:
+        assert status == 0, output
+        assert re.search(r"stopping: the rollouts end .*\n(.*\n)*stopped before step \d: SIGINT;", output), output
+        assert checkpoints(out)
 
 
 @pytest.fixture
@@ -298,7 +316,7 @@ def row(action="answer", advantage=0.0):
 def test_a_collapsed_run_says_so_in_its_line(rows, note):
     rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds", "seconds_generate",
                           "seconds_tools", "seconds_score", "seconds_update", "tasks_failed"], 0)
-    line = step_line(rollout_metrics(rows, ["format"]) | rest, 4, 0.0)
+    line = step_line(rollout_metrics(rows, ["format"]) | rest, 4)
     assert re.findall("COLLAPSED|NOTHING TO LEARN FROM", line) == [note] * bool(note)
 
 

@@ -112,7 +112,7 @@ def test_every_row_of_metrics_has_the_same_keys():
         [row({}, turns=[], success=None)])]
     assert full.keys() == part.keys() == empty.keys() and [s["reward_search"] for s in steps] == [0.5, None, None]
     assert [s["success"] for s in steps] == [1.0, 1.0, None] and empty["valid_turns"] is None
-    lines = [step_line(s, 4, 0.0) for s in steps]
+    lines = [step_line(s, 4) for s in steps]
     assert "(accuracy 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)  success 100%" in lines[0]
     assert "reward 1.00 (format 0.75)  success 100%" in lines[1] and "reward 1.00 ()  kl 0.0000" in lines[2]
 

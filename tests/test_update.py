@@ -210,6 +210,15 @@ def test_dr_grpo_divides_by_the_longest_rollout_of_its_mode(model_folder, refere
     assert losses[1] == pytest.approx(SETTINGS["max_turns"] * losses[0], rel=1e-5)
 
 
+def test_a_gap_that_is_no_number_shows(model_folder, rows, rank):
+    policy = load_policy(str(model_folder), shard=True)
+    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], 1)
+    batches[1].sampled_logps[batches[1].action_mask.nonzero(as_tuple=True)] = math.nan
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=LR)
+    metrics = update(policy, optimizer, batches, num_real, [None] * len(batches), Config(**SETTINGS | {"beta": 0.0}))
+    assert math.isnan(metrics["gap"]) and math.isfinite(metrics["loss"])
+
+
 def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_folder, rows, plain, rank):
     updated = our_update(model_folder, reference_folder, rows, Config(**SETTINGS | {"max_grad_norm": 0.1}))
     assert_is_the_formula(updated, plain("grpo"), scale=0.1 / plain("grpo")[0]["grad_norm"])
@@ -241,6 +250,7 @@ def run(out, tasks, **settings):
         try:
             tasks, held_out, search = prepare(config)
             main(config, tasks, held_out, search, *load(config, tasks, held_out))
+            dist.destroy_process_group()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
