@@ -118,26 +118,40 @@ def paste(image: Image.Image, picture: Image.Image, y: int, text: str) -> int:
     return y + shown.height + 12
 
 
-def rollout_pairs(run: Path) -> Image.Image:
-    """For a coding and a search task: a failed rollout of the first step beside a right one of the last, of the same type."""
-    folder = run / "rollouts"
+def find_pair(first: list[dict], last: list[dict], family: str) -> tuple[dict, dict] | None:
+    """A wrong rollout and a right one in which a tool worked, of as many turns where possible."""
+    def chosen(rows: list[dict], is_right: bool) -> list[dict]:
+        return [row for row in rows if family in str(row["id"]) and row["answer"] is not None
+                and (row["answer"] in row["answers"]) == is_right
+                and any(turn.get("ok") for turn in row["turns"])]
+
+    before, after = chosen(first, False)[:1], chosen(last, True)
+    if not before or not after:
+        return None
+    alike = [row for row in after if len(row["turns"]) == len(before[0]["turns"])]
+    return before[0], (alike or after)[0]
+
+
+def rollout_pairs(run: Path) -> Image.Image | None:
+    """A row for each family: a failed rollout of the first step beside a right one of the last.
+
+    None if the run has no such rollouts.
+    """
+    folder, columns = run / "rollouts", []
     steps = sorted(folder.glob("step_*.jsonl"), key=lambda path: int(path.stem[5:]))
-    first, last = read_rows(steps[0]), read_rows(steps[-1])
-    columns = []
+    shown = steps[0], steps[-1]
     for family in ("coding", "search"):
-        def fits(row: dict, right: bool) -> bool:
-            tools = [turn for turn in row["turns"] if turn.get("ok")]
-            return family in row["id"] and (row["answer"] in row["answers"]) == right and row["answer"] is not None and tools
-        before = next(row for row in first if fits(row, False))
-        after = next((row for row in last if fits(row, True) and len(row["turns"]) == len(before["turns"])),
-                     next(row for row in last if fits(row, True)))
-        columns += [draw_rollout(before, f"{family}: {steps[0].stem.replace('_', ' ')}", folder, 560),
-                    draw_rollout(after, f"{family}: {steps[-1].stem.replace('_', ' ')}", folder, 560)]
-    height = max(column.height for column in columns)
-    sheet = Image.new("RGB", (560 * 2, height * 2), "white")
+        pair = find_pair(*map(read_rows, shown), family)
+        for row, step in zip(pair or (), shown):
+            title = f"{family}: {step.stem.replace('_', ' ')}"
+            columns.append(draw_rollout(row, title, folder, 560))
+    if not columns:
+        return None
+    heights = [max(a.height, b.height) for a, b in zip(columns[::2], columns[1::2])]
+    sheet = Image.new("RGB", (560 * 2, sum(heights)), "white")
     for i, column in enumerate(columns):
-        sheet.paste(column, (560 * (i % 2), height * (i // 2)))
-    return sheet.crop((0, 0, sheet.width, height + max(column.height for column in columns[2:])))
+        sheet.paste(column, (560 * (i % 2), sum(heights[:i // 2])))
+    return sheet
 
 
 def main() -> None:
@@ -147,7 +161,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     learning_curve(args.runs).save(args.out / "learning_curve.png", optimize=True)
-    rollout_pairs(args.runs[0]).save(args.out / "rollouts.png", optimize=True)
+    pairs = rollout_pairs(args.runs[0])
+    if pairs is None:
+        print(f"no rollouts.png: {args.runs[0]} has no wrong rollout in its first step, with a right "
+              "one of the same family in its last")
+    else:
+        pairs.save(args.out / "rollouts.png", optimize=True)
 
 
 if __name__ == "__main__":

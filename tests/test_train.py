@@ -67,6 +67,24 @@ def test_a_run_leaves_what_the_readme_lists(whole_run):
     assert (whole_run / "model" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("kept", [("coding", "search"), ("search",), ()], ids=str)
+def test_figures_can_be_drawn_of_a_run_that_learnt_little(whole_run, kept, tmp_path):
+    """The families that are not kept have no right answer in the last step; the first step has wrong ones."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    turn = {"text": "<search> x </search>", "observation": "y", "ok": True}
+    image = str(ROOT / "data" / "offline" / json.loads((ROOT / "data/offline/train.json").read_text())[0]["ori_image_path"])
+    for step in (1, 4):
+        path = run / "rollouts" / f"step_{step}.jsonl"
+        path.write_text("".join(json.dumps({
+            "id": f"{family}-{i}", "question": "?", "image": image, "turns": [turn], "answers": ["x"], "reward": 1.0,
+            "answer": "x" if step == 4 and family in kept else "z"}) + "\n"
+            for i, family in enumerate(("coding", "search"))))
+    done = run_script("data/make_figures.py", run, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "learning_curve.png").is_file() and (tmp_path / "rollouts.png").is_file() == bool(kept)
+    assert ("no rollouts.png" in done.stdout) == (not kept)
+
+
 def test_sampled_and_scored_log_probs_agree(whole_run):
     assert all(row["gap"] < 1e-4 for row in rows(whole_run / "metrics.jsonl"))
 
