@@ -5,7 +5,7 @@
     python train.py --help                     # every flag, with its unit
 
 Read `main` first. Its loop shows the seven stages of a step: sample prompts, roll out, score,
-advantages, update, log, checkpoint. What it calls follows in that order; start and resume come last.
+advantages, update, log, checkpoint. What it calls follows in that order, then start and resume.
 
 All randomness of a step comes from (seed, step, rank). A run that is killed at any moment and
 resumed leaves the same metrics and weights as one that is left alone, on CPUs bit for bit.
@@ -164,11 +164,11 @@ class Config:
 
 
 def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool,
-         policy: Policy, reference: Policy | None, optimizer: Optimizer,
-         first: int) -> None:
-    """The run from step `first`, counted from 0, to the export, on what `prepare` and `load` return.
+         policy: Policy, reference: Policy | None, optimizer: Optimizer, first: int) -> str | None:
+    """The run from step `first`, from 0, to the export, on what `prepare` and `load` return.
 
-    Raises FloatingPointError after --max_skipped updates in a row that were not finite.
+    Returns None, or where and why it stopped early. Raises FloatingPointError after --max_skipped
+    updates in a row that were not finite.
     """
     start_of_run, skipped, stop = time.perf_counter(), 0, Stop(config, search)
     with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code:
@@ -191,7 +191,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                     temperature=config.temperature, prompt=config.prompt, interrupted=stop.is_due)
             if reason := stop.agreed():  # the rollouts may be incomplete: they are thrown away
                 save_checkpoint(policy, optimizer, step, config)
-                return tell(f"stopped before step {step + 1}: {reason}; --resume goes on")
+                return f"before step {step + 1}: {reason}"
 
             # 3. score
             parts = [reward_parts(rollout, config.mode) for rollout in rollouts]
@@ -223,12 +223,12 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
             if is_last or (step + 1) % config.save_every == 0:
                 save_checkpoint(policy, optimizer, step + 1, config)
             if skipped == config.max_skipped:
-                raise FloatingPointError(f"stopped before step {step + 2}: {skipped} steps in a row "
-                                         "had a loss or gradient that is not finite")
+                raise FloatingPointError(f"before step {step + 2}: {skipped} steps in a row had a "
+                                         "loss or gradient that is not finite")
         for each in (tools, Tools()):  # on, then off
             evaluate_policy(policy, held_out, each, config.steps, config, stop)
     if reason := stop.agreed():
-        return tell(f"stopped in its evaluation: {reason}; --resume goes on")
+        return f"in its evaluation: {reason}"
     finish(policy, config, time.perf_counter() - start_of_run)
 
 
@@ -267,12 +267,6 @@ class Stop:
 def is_lead() -> bool:
     """Whether this is the first rank, which writes the files and speaks for all."""
     return dist.get_rank() == 0
-
-
-def tell(message: str) -> None:
-    """Print it once on standard error."""
-    if is_lead():
-        print(message, file=sys.stderr)
 
 
 def share_of_rank(items: list) -> list:
@@ -317,7 +311,7 @@ def opens(policy: Policy, task: dict, config: Config, failed: set) -> bool:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """All random numbers of a step on a rank: nothing has to be saved to resume, and ranks differ."""
+    """Seed a step on this rank. Ranks differ, and nothing has to be saved to resume."""
     torch.manual_seed((seed * 100_003 + step) * 1_009 + dist.get_rank())
 
 
@@ -369,7 +363,7 @@ def even_micro_batches(policy: Policy, rollouts: list[Rollout], advantages: list
 @torch.no_grad()
 def reference_logps(reference: Policy | None, batches: list,
                     temperature: float) -> list[torch.Tensor | None]:
-    """Log-probs of the starting model for every micro-batch, (B, T) nats; None without a reference."""
+    """Log-probs of the starting model, (B, T) nats each micro-batch; None without a reference."""
     if reference is None:
         return [None] * len(batches)
     logps = [score(reference, batch, temperature)[0] for batch in batches]
@@ -384,11 +378,11 @@ def learning_rate(step: int, config: Config) -> float:
 
 def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
            ref_logps: list, config: Config) -> dict[str, float]:
-    """--updates_per_batch optimizer steps on the micro-batches of all ranks, which call it together.
+    """Take --updates_per_batch optimizer steps on the micro-batches of all ranks, all together.
 
     Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
-    first, when the policy is still the one that sampled. The log-probs of that pass are the old ones
-    of the later passes. A loss or gradient that is not finite changes nothing: "skipped" is 1.
+    first, when the policy is still the one that sampled. The log-probs of the first pass are the
+    old ones of the later passes. Where loss or gradient is not finite, no step is taken.
     """
     real = batches[:num_real]
     counts = all_reduce({"rollouts": sum(len(batch.advantages) for batch in real),
@@ -418,7 +412,7 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         grad_norm = grad_norm.full_tensor().item()
         sums = all_reduce(sums)
-        is_finite = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)  # the same on all ranks
+        is_finite = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)  # on all ranks alike
         if is_finite:
             optimizer.step()
         optimizer.zero_grad()
@@ -510,11 +504,11 @@ def step_line(row: dict, steps: int) -> str:
 # ---- held-out evaluation -------------------------------------------------------------------------
 def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, config: Config,
                     stop: Stop) -> None:
-    """Success on held-out tasks, as a row of evaluations.jsonl, unless it is there; ranks share the work.
+    """Write success on held-out tasks as a row of evaluations.jsonl, unless it is there.
 
-    A row: {"step", "tools": "on" or "off", "success", "n", "by_family", "by_type"}, with shares of
-    exact matches, 0 to 1. A task that cannot be opened counts as not solved. No row is written if
-    the run is about to `stop`, since not all rollouts came to their end.
+    Ranks share the tasks. A row: {"step", "tools": "on" or "off", "success", "n", "by_family",
+    "by_type"}, with shares of exact matches, 0 to 1. A task that cannot be opened counts as not
+    solved. No row is written if the run is to `stop`: some rollouts were cut short then.
     """
     start, path = time.perf_counter(), config.out / "evaluations.jsonl"
     label = "on" if tools.code or tools.search else "off"
@@ -553,28 +547,28 @@ def rates(names: Iterable[str], hits: Iterable[float]) -> dict[str, float]:
 
 
 def finish(policy: Policy, config: Config, seconds: float) -> None:
-    """Export the model and write summary.json: held-out success before, after, and with tools off."""
+    """Export the model; write summary.json: held-out success before, after and with tools off."""
     out = config.out
     export(policy, out / "model.tmp")
     if not is_lead():
         return
     publish(out / "model.tmp", out / "model")
     rows = {(row["step"], row["tools"]): row for row in read_json_lines(out / "evaluations.jsonl")}
-    wanted = {"before": (0, "on"), "after": (config.steps, "on"), "tools_off": (config.steps, "off")}
+    last = config.steps
+    wanted = {"before": (0, "on"), "after": (last, "on"), "tools_off": (last, "off")}
     picked = {when: rows.get(key, {}) for when, key in wanted.items()}
     summary = {f"success_{when}": row.get("success") for when, row in picked.items()}
     for key in ("by_family", "by_type"):
         summary[key] = {name: {when: row.get(key, {}).get(name) for when, row in picked.items()}
                         for name in picked["after"].get(key, {})}
-    summary |= {"steps": config.steps, "seconds": round(seconds, 1), "seed": config.seed,
+    summary |= {"steps": last, "seconds": round(seconds, 1), "seed": config.seed,
                 "ranks": dist.get_world_size()}
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"done in {seconds:.0f} s; the model is in {out / 'model'}\n{json.dumps(summary)}")
 
 
 # ---- 7. checkpoints and resume -------------------------------------------------------------------
-def save_checkpoint(policy: Policy, optimizer: Optimizer, step: int,
-                    config: Config) -> None:
+def save_checkpoint(policy: Policy, optimizer: Optimizer, step: int, config: Config) -> None:
     """Keep the state after `step` updates, unless that is there or is the start. All ranks call it.
 
     It is written beside, with the checksum of every file, and renamed: a checkpoint is whole or not
@@ -648,7 +642,7 @@ def find_checkpoint(config: Config) -> tuple[int, Path | None]:
     if before["model"] != config.model:
         raise ValueError(f"{config.out} is a run of --model {before['model']}, where its KL "
                          "starts; give that one")
-    said = f"resumes from {folder}" if folder else f"{config.out} has no checkpoint yet: starts anew"
+    said = f"resumes from {folder}" if folder else f"{config.out} has no checkpoint: starts anew"
     changed = [f"{name} {before.get(name)} -> {value}"
                for name, value in sorted(now.items() - before.items())
                if name not in ("output_dir", "resume")]
@@ -757,9 +751,11 @@ def run() -> int | str:
         print("stopped before the first step; the same command starts again", file=sys.stderr)
         return 130
     try:
-        record(main)(config, tasks, held_out, search, *loaded)  # torchrun shows the first error
+        stopped = record(main)(config, tasks, held_out, search, *loaded)
+        if stopped and is_lead():
+            print(f"stopped {stopped}; --resume goes on", file=sys.stderr)
     except FloatingPointError as error:
-        return f"error: {error}; --resume goes on"
+        return f"error: stopped {error}; --resume goes on"
     except (OSError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]

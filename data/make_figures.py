@@ -2,10 +2,11 @@
 
     python data/make_figures.py runs/seed0 runs/seed1 runs/seed2 --out data/figures
 
-writes learning_curve.png (success of the sampled rollouts at every step, a line a seed, and held-out success before, after
-and with the tools switched off) and rollouts.png (a rollout of the first step that failed and one of the last step that did
-not, turn by turn, with the images before and after the tool). All of it is read from the runs' metrics.jsonl,
-evaluations.jsonl and rollouts/.
+writes learning_curve.png (success of the sampled rollouts at every step, a line a seed, and
+held-out success before, after and with the tools switched off) and rollouts.png (a rollout of the
+first step that failed and one of the last step that did not, turn by turn, with the images before
+and after the tool). All of it is read from the runs' metrics.jsonl, evaluations.jsonl and
+rollouts/.
 """
 import argparse
 import json
@@ -15,8 +16,10 @@ from statistics import median
 
 from PIL import Image, ImageDraw, ImageFont
 
-INK, GREY, PALE, COLOURS = "#1f2328", "#8b949e", "#d0d7de", ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#cf222e")
-WHEN = (("before", 0, "on"), ("after", -1, "on"), ("tools off", -1, "off"))  # name, evaluation's place, tools
+INK, GREY, PALE, COLOURS = "#1f2328", "#8b949e", "#d0d7de", ("#0969da", "#bc4c00", "#1a7f37",
+                                                             "#8250df", "#cf222e")
+# Name, evaluation's place, tools
+WHEN = (("before", 0, "on"), ("after", -1, "on"), ("tools off", -1, "off"))
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -27,12 +30,14 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)  # comes with Pillow
 
 
-def draw_curves(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int, int, int]) -> None:
+def draw_curves(draw: ImageDraw.ImageDraw, runs: list[Path],
+                box: tuple[int, int, int, int]) -> None:
     """Success of the sampled rollouts by step: thin lines the seeds, a thick one their median."""
     left, top, right, bottom = box
     series = [[row["success"] for row in read_rows(run / "metrics.jsonl")] for run in runs]
     steps = min(map(len, series))
-    middle = [median(there) if (there := [each[i] for each in series if each[i] is not None]) else None for i in range(steps)]
+    middle = [median(there) if (there := [each[i] for each in series if each[i] is not None])
+              else None for i in range(steps)]
 
     def point(step: int, value: float) -> tuple[float, float]:
         return left + (right - left) * step / max(steps - 1, 1), bottom - (bottom - top) * value
@@ -42,11 +47,15 @@ def draw_curves(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int
         draw.line((left, y, right, y), fill=PALE)
         draw.text((left - 8, y), f"{percent} %", fill=GREY, font=font(15), anchor="rm")
     for step in range(0, steps, 10):
-        draw.text((point(step, 0)[0], bottom + 8), str(step + 1), fill=GREY, font=font(15), anchor="mt")
-    for values, colour, width in [*zip(series, COLOURS, [2] * len(runs)), (middle, INK, 4)]:  # a step may have no value
-        draw.line([point(i, v) for i, v in enumerate(values[:steps]) if v is not None], fill=colour, width=width, joint="curve")
+        draw.text((point(step, 0)[0], bottom + 8), str(step + 1), fill=GREY, font=font(15),
+                  anchor="mt")
+    # A step may have no value
+    for values, colour, width in [*zip(series, COLOURS, [2] * len(runs)), (middle, INK, 4)]:
+        draw.line([point(i, v) for i, v in enumerate(values[:steps]) if v is not None], fill=colour,
+                  width=width, joint="curve")
     draw.text((left, top - 56), "success of the sampled rollouts, by step", fill=INK, font=font(18))
-    for i, (run, colour) in enumerate(zip([*[run.name for run in runs], "median"], [*COLOURS[:len(runs)], INK])):
+    for i, (run, colour) in enumerate(zip([*[run.name for run in runs], "median"],
+                                          [*COLOURS[:len(runs)], INK])):
         draw.text((right - 90, bottom - 26 * (len(runs) + 1 - i)), run, fill=colour, font=font(16))
 
 
@@ -54,7 +63,8 @@ def draw_bars(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int, 
     """Held-out success by type, median over the runs: before, after, tools off."""
     left, top, right, bottom = box
     rows = [read_rows(run / "evaluations.jsonl") for run in runs]
-    picked = {name: [[r for r in each if r["tools"] == tools][place] for each in rows] for name, place, tools in WHEN}
+    picked = {name: [[r for r in each if r["tools"] == tools][place] for each in rows]
+              for name, place, tools in WHEN}
     kinds = sorted(picked["after"][0]["by_type"])
     slot = (right - left) / len(kinds)
     for percent in range(0, 101, 25):
@@ -64,13 +74,17 @@ def draw_bars(draw: ImageDraw.ImageDraw, runs: list[Path], box: tuple[int, int, 
         for n, (name, _, _) in enumerate(WHEN):
             value = median(row["by_type"][kind] for row in picked[name])
             x = left + slot * k + slot * (0.14 + 0.24 * n)
-            draw.rectangle((x, bottom - (bottom - top) * value, x + slot * 0.22, bottom), fill=(PALE, COLOURS[0], GREY)[n])
-        draw.text((left + slot * (k + 0.5), bottom + 8), kind.replace("overexposure", "overexp."), fill=GREY, font=font(14),
+            draw.rectangle((x, bottom - (bottom - top) * value, x + slot * 0.22, bottom),
+                           fill=(PALE, COLOURS[0], GREY)[n])
+        draw.text((left + slot * (k + 0.5), bottom + 8), kind.replace("overexposure", "overexp."),
+                  fill=GREY, font=font(14),
                   anchor="mt")
-    title = ", ".join(f"{name} {100 * median(row['success'] for row in picked[name]):.0f} %" for name, _, _ in WHEN)
+    title = ", ".join(f"{name} {100 * median(row['success'] for row in picked[name]):.0f} %"
+                      for name, _, _ in WHEN)
     draw.text((left, top - 56), f"held-out success: {title}", fill=INK, font=font(18))
     for n, (name, _, _) in enumerate(WHEN):
-        draw.rectangle((left + 130 * n, top - 24, left + 130 * n + 12, top - 12), fill=(PALE, COLOURS[0], GREY)[n])
+        draw.rectangle((left + 130 * n, top - 24, left + 130 * n + 12, top - 12),
+                       fill=(PALE, COLOURS[0], GREY)[n])
         draw.text((left + 130 * n + 18, top - 26), name, fill=GREY, font=font(14))
 
 
@@ -102,15 +116,19 @@ def draw_rollout(row: dict, title: str, folder: Path, width: int) -> Image.Image
                 y += 20
             y += 6
     verdict = "right" if row["answer"] in row["answers"] else "wrong"
-    draw.text((16, y + 4), f"gold: {row['answers'][0]}   answer: {row['answer']}   ({verdict})   reward {row['reward']:.2f}",
+    draw.text((16, y + 4),
+              f"gold: {row['answers'][0]}   answer: {row['answer']}   ({verdict})   "
+              f"reward {row['reward']:.2f}",
               fill=COLOURS[2] if verdict == "right" else COLOURS[4], font=font(16))
     return image.crop((0, 0, width, y + 40))
 
 
 def paste(image: Image.Image, picture: Image.Image, y: int, text: str) -> int:
-    """Put a picture, twice its size and at least 112 pixels high, with text beside it; returns the next y."""
+    """Put a picture, twice its size and at least 112 pixels high, with text beside it; returns the
+    next y."""
     scale = max(2, 112 // picture.height)
-    shown = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    shown = picture.convert("RGB").resize((picture.width * scale, picture.height * scale),
+                                          Image.Resampling.NEAREST)
     image.paste(shown, (16, y))
     draw = ImageDraw.Draw(image)
     for i, piece in enumerate(textwrap.wrap(text, 42)):
@@ -163,8 +181,8 @@ def main() -> None:
     learning_curve(args.runs).save(args.out / "learning_curve.png", optimize=True)
     pairs = rollout_pairs(args.runs[0])
     if pairs is None:
-        print(f"no rollouts.png: {args.runs[0]} has no wrong rollout in its first step, with a right "
-              "one of the same family in its last")
+        print(f"no rollouts.png: {args.runs[0]} has no wrong rollout in its first step and right "
+              "one in its last, of one family")
     else:
         pairs.save(args.out / "rollouts.png", optimize=True)
 
