@@ -1,6 +1,8 @@
-"""Files of tasks and of runs: JSON rows with their place in every error, files that are whole or not there, folders.
+"""Files of tasks and of runs: JSON rows with their place in every error, files that are whole or
+not there, the folder of a run.
 
-Nothing here knows what a row means: `data/tasks.py` does. Left out on purpose: formats other than JSON.
+What a row of a task file means is known to `data/tasks.py`. Left out on purpose: other formats than
+JSON.
 """
 import fcntl
 import json
@@ -20,7 +22,8 @@ def read_rows(path: str | Path) -> list:
         raise ValueError(f"{path}: {what}; give the path of a .json or .jsonl file")
     data, is_jsonl = Path(path).read_bytes(), Path(path).suffix == ".jsonl"
     parts = data.split(b"\n") if is_jsonl else [data]
-    values = [parse_json(part, path, line) for line, part in enumerate(parts, start=1) if part.strip()]
+    values = [parse_json(part, path, line) for line, part in enumerate(parts, start=1)
+              if part.strip()]
     rows = values if is_jsonl or not values else values[0]
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: must be a list of rows, got {shown(rows)}; write [{{…}}], "
@@ -29,16 +32,18 @@ def read_rows(path: str | Path) -> list:
 
 
 def parse_json(data: bytes, path: str | Path, line: int):
-    """The value of some JSON that begins at a line of a file. Raises ValueError "file, line N: not JSON (reason); …".
+    """The value of some JSON that begins at a line of a file.
 
-    NaN and infinities, which tables write where a value is missing, count as null; half of a surrogate pair, which
-    neither a tokenizer nor a file takes, becomes "?".
+    NaN and infinities, which tables write where a value is missing, count as null. Half of a
+    surrogate pair, which neither a tokenizer nor a file takes, becomes "?". Raises ValueError
+    "file, line N: not JSON (reason); …".
     """
     try:
         return _cleaned(json.loads(data))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deep
         line += getattr(error, "lineno", 1) - 1
-        raise ValueError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)}); mend the line") from None
+        reason = getattr(error, "msg", error)
+        raise ValueError(f"{path}, line {line}: not JSON ({reason}); mend the line") from None
 
 
 def _cleaned(value):
@@ -59,17 +64,23 @@ def shown(value) -> str:
 
 
 def row_id(row: dict, number: int) -> str | int | float:
-    """The id of a row, or its number where it has none. Raises ValueError if it is neither a text nor a number."""
+    """The id of a row, or its number where it has none.
+
+    Raises ValueError if it is neither a text nor a number.
+    """
     found = number if row.get("id") is None else row["id"]
     if isinstance(found, bool) or not isinstance(found, str | int | float):
-        raise ValueError(f"id must be a text or a number, got {shown(found)}; give every row its own")
+        raise ValueError(f"id must be a text or a number, got {shown(found)}; "
+                         "give every row its own")
     return found
 
 
 def each_row(path: str | Path, rows: list, read: Callable[[dict, int], object],
              problems: dict[int, ValueError] | None = None) -> list:
-    """[read(row, number)], with the place of a bad row in its error. Ids (or else numbers) must be distinct.
-    Given a dict of problems, bad rows are noted there and left out."""
+    """[read(row, number)], with the place of a bad row in its error. Ids must be distinct.
+
+    Given a dict of problems, bad rows are noted there and left out.
+    """
     results, row_of = [], {}
     for number, row in enumerate(rows, start=1):
         try:
@@ -94,10 +105,9 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def append_json_line(path: Path, row: dict) -> None:
-    """Add a row, on the disk when this returns. A number that is not finite becomes null: JSON has no NaN."""
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    """Add a row, on the disk when this returns. NaN and infinities become null."""
     with open(path, "a") as file:
-        print(json.dumps(finite, allow_nan=False), file=file, flush=True)
+        print(json.dumps(_cleaned(row), allow_nan=False), file=file, flush=True)
         os.fsync(file.fileno())
 
 
@@ -120,7 +130,7 @@ def drop_cut_row(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename: whoever reads the file sees the old text or the new one, never a part."""
+    """Write beside and rename: a reader sees the old text or the new one, never a part."""
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "w", encoding="utf-8") as file:
         print(text, end="", file=file, flush=True)
@@ -128,22 +138,35 @@ def write_whole(path: Path, text: str) -> None:
     beside.rename(path)
 
 
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    """The file anew, whole or not at all, with a row a line."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def publish(beside: Path, final: Path) -> None:
-    """Give a folder its final name once all its files are on the disk; one of that name makes way."""
+    """Give a folder its final name once all its files are on the disk, in place of an older one.
+
+    An older one is renamed before it is removed: it is never there in parts under its own name.
+    """
     for path in beside.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     if final.exists():
-        shutil.rmtree(final.rename(final.with_name(f"{final.name}.old.tmp")))  # never in parts under its own name
+        old = final.rename(final.with_name(f"{final.name}.old.tmp"))
+        shutil.rmtree(old)
     beside.rename(final)
 
 
-WRITTEN = {"config.json", "evaluations.jsonl", "items", "model", "predictions.json", "rollouts", "scores.json",
-           "summary.json", "usage.jsonl"}  # in an --output_dir, with what `holds` looks for and checkpoint-N
+# What runs write to an --output_dir, beside checkpoints and what `holds` looks for.
+WRITTEN = {"config.json", "evaluations.jsonl", "items", "model", "predictions.json", "rollouts",
+           "scores.json", "summary.json", "usage.jsonl"}
 
 
 def holds(folder: Path) -> str:
-    """What a run would find, and in part overwrite, there: "a training run", "an evaluation", "files of others" or ""."""
+    """What a run would find there, and partly overwrite.
+
+    "a training run", "an evaluation", "files of others", or "" for nothing.
+    """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
         flags = json.loads((folder / "config.json").read_bytes())
@@ -154,12 +177,13 @@ def holds(folder: Path) -> str:
                              ("an evaluation", "items.jsonl", "benchmark")):
         if file in names or name in flags:
             return what
-    return "files of others" if names & WRITTEN or any(name.startswith("checkpoint-") for name in names) else ""
+    has_checkpoint = any(name.startswith("checkpoint-") for name in names)
+    return "files of others" if names & WRITTEN or has_checkpoint else ""
 
 
 @contextmanager
 def nothing_left(out: Path) -> Iterator[None]:
-    """If the block ends in an error, folders down to `out` that are new and empty are removed."""
+    """If the block ends in an error, remove the folders down to `out` that are new and empty."""
     missing = [path for path in (out, *out.parents) if not path.exists()]
     try:
         yield
@@ -171,16 +195,35 @@ def nothing_left(out: Path) -> Iterator[None]:
 
 
 def take_folder(out: Path) -> None:
-    """Raise ValueError if the folder cannot be written, or another process is at it. The first rank makes it and keeps it
-    locked; the others look at what there is of it."""
+    """Raise ValueError if the folder cannot be written, or another process is at work there.
+
+    The first rank makes it and keeps it locked. The others only see whether they could write there.
+    """
     try:
         lead = os.environ.get("RANK", "0") == "0"
         if lead:
             out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())) as file:
+        there = next(path for path in (out, *out.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x" * 4096)
         if lead:
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        why = "another process is at work there" if isinstance(error, BlockingIOError) else f"it cannot be written ({error})"
+        why = f"it cannot be written ({error})"
+        if isinstance(error, BlockingIOError):
+            why = "another process is at work there"
         raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint of a run, oldest first."""
+    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
+
+
+def clean(out: Path, step: int) -> None:
+    """Bring the folder of a run back to what it was after `step` updates."""
+    later = [path for path in (out / "rollouts").glob("step_*") if int(path.stem[5:]) > step]
+    for path in [*later, *out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
+        write_json_lines(path, [row for row in read_json_lines(path) if row["step"] <= step])

@@ -16,8 +16,12 @@ def flag(default, text: str, **more):
 
 
 def parse_flags(kind: type, description: str, argv: list[str] | None = None):
-    """An instance of the dataclass `kind` from the command line. Raises ValueError for what is wrong in it."""
-    parser = HfArgumentParser(kind, description=description, allow_abbrev=False, exit_on_error=False)
+    """An instance of the dataclass `kind` from the command line.
+
+    Raises ValueError for what is wrong in it.
+    """
+    parser = HfArgumentParser(kind, description=description, allow_abbrev=False,
+                              exit_on_error=False)
     try:
         flags, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True,
                                                             look_for_args_file=False)
@@ -29,9 +33,13 @@ def parse_flags(kind: type, description: str, argv: list[str] | None = None):
 
 
 def fail(error: Exception) -> int:
-    """While `error` is handled: print the line "error: …", which torchrun repeats as its last one. Returns exit status 2."""
+    """Print the line "error: …", which torchrun repeats as its last one. Returns exit status 2.
+
+    Call it while `error` is handled.
+    """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # slow to load
+        # Imported here, since it is slow to load.
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
         error.__traceback__ = error.__cause__ = None  # the message alone
         get_error_handler().record_exception(error)
     if os.environ.get("LOCAL_RANK", "0") == "0":

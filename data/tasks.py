@@ -1,8 +1,9 @@
-"""Tasks: every published layout, and ours, read into one form; a bad row is refused before a model is loaded.
+"""Tasks: every published layout, and ours, read into one form.
 
-    load_tasks("data/offline/train.json")       -> [{"id", "family", "question", "answers", "image", "type", …}, …]
+    load_tasks("data/offline/train.json")       -> [{"id", "family", "question", "answers", …}, …]
 
-What is accepted must be usable: no row may end a run that has started. Left out on purpose: other files than JSON.
+A bad row is refused before a model is loaded: no row may end a run that has started.
+Left out on purpose: other files than JSON.
 """
 import os
 from collections import Counter
@@ -13,12 +14,15 @@ from typing import Literal
 from data.files import each_row, read_rows, row_id, shown
 from tools import MAX_ASPECT, open_picture, parse_action
 
-Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle", "offline"]
+Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle",
+                    "offline"]
 SIMPLE_FIRST = {"mat-coding": (70, 200), "mat-search": (75, 150)}  # the first n of N are simple
 FAMILIES = ("search", "coding")
-CODING_TYPES = {"rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop", "none",
-                "pre_problem", "pre_code", "pre_answer"}  # MAT's labels, and the types of its coding steps
-ANSWER_KEYS = ("answers", "answer", "golden_answers", "gt")  # MAT-Coding, -Search, FlashRAG, MAT's steps
+# MAT's labels, and the types of its coding steps.
+CODING_TYPES = {"rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop",
+                "none", "pre_problem", "pre_code", "pre_answer"}
+# Of MAT-Coding, MAT-Search, FlashRAG and MAT's steps.
+ANSWER_KEYS = ("answers", "answer", "golden_answers", "gt")
 
 
 class MissingImage(ValueError):
@@ -34,11 +38,12 @@ def load_tasks(path: str | Path, benchmark: str | None = None,
                image_folder: str | Path | None = None, limit: int | None = None,
                problems: dict[int, ValueError] | None = None,
                mode: Literal["episode", "step"] | None = None) -> list[dict]:
-    """Read tasks of any layout: MAT-Search, MAT-Coding, FlashRAG jsonl, MAT's training steps, and ours.
+    """Read tasks of any layout: MAT-Search, MAT-Coding, FlashRAG jsonl, MAT's steps, and ours.
 
     A task has the keys
         id        the row's, or its number
-        family    "search" or "coding": the row's, or coding where it has a processed image or a type of CODING_TYPES
+        family    "search" or "coding": the row's, or coding where it has a processed image or a
+                  type of CODING_TYPES
         question  of a step its `problem`, with the chain so far
         answers   list of str; none for a step without
         image     absolute path; None for text only: FlashRAG, or a row's own null
@@ -61,7 +66,8 @@ def load_tasks(path: str | Path, benchmark: str | None = None,
     check_image = cache(_check_image)  # steps share their images
 
     def read(row, number):
-        row = {key: value for key, value in row.items() if value is not None or key == "image_path"}  # null: not there
+        row = {key: value for key, value in row.items()
+               if value is not None or key == "image_path"}  # a null counts as not there
         task = _task(row, number, folders, blank_allowed=benchmark is not None)
         _check_mode(task, mode)
         if task["image"] is not None:
@@ -81,7 +87,10 @@ def describe(tasks: list[dict]) -> str:
 
 
 def split_of(row: dict, number: int, num_rows: int, benchmark: str | None) -> str:
-    """The split of row `number` (from 1) of num_rows: its own, by its place in a whole MAT file, or "all"."""
+    """The split of row `number` (from 1) of num_rows.
+
+    Its own, or that of its place in a whole MAT file, or "all".
+    """
     if row.get("split"):
         return _text(row, "split")
     num_simple, num_tasks = SIMPLE_FIRST.get(benchmark, (0, 0))
@@ -99,7 +108,7 @@ def _task(row: dict, number: int, folders: list[Path], blank_allowed: bool) -> d
     key = next((key for key in ANSWER_KEYS if key in row), "answers")
     is_early = is_step and parse_action(solution).kind not in ("answer", "invalid")
     if (is_step and _is_blank(row.get(key))) or (is_early and key == "gt"):
-        answers = []  # the gt of one of MAT's early steps is that step's, not the answer to the question
+        answers = []  # the gt of one of MAT's early steps is not the answer to the question
     else:
         answers = read_golds(row, key, blank_allowed)
     image = _find_image(row, kinds, folders)
@@ -121,8 +130,9 @@ def _check_mode(task: dict, mode: str | None) -> None:
                          'add "solution": "<think>…</think><answer>…</answer>"')
     action = parse_action(task["solution"] or "")
     if mode == "step" and (action.kind == "invalid" or not action.content):
-        raise ValueError(f"solution must hold one action and its content, got {shown(task['solution'])}; "
-                         "write <think>…</think> and one of <search>, <problem>, <code>, <answer>")
+        raise ValueError("solution must hold one action and its content, got "
+                         f"{shown(task['solution'])}; write <think>…</think> "
+                         "and one of <search>, <problem>, <code>, <answer>")
 
 
 def _is_blank(value) -> bool:
@@ -141,7 +151,8 @@ def _texts(row: dict, key: str) -> list[str]:
     """One or more texts."""
     texts = [row[key]] if isinstance(row.get(key), str) else row.get(key)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{key} must be one or more texts, got {shown(texts)}; add \"{key}\": [\"…\"]")
+        raise ValueError(f"{key} must be one or more texts, got {shown(texts)}; "
+                         f"add \"{key}\": [\"…\"]")
     return texts
 
 
@@ -154,26 +165,28 @@ def read_golds(row: dict, key: str, blank_allowed: bool) -> list[str]:
 
 
 def _find_image(row: dict, kinds: list[str], folders: list[Path]) -> str | None:
-    """The path of the input image; MAT-Coding shows the original for a crop, the processed one otherwise."""
+    """The path of the input image; for a crop of MAT-Coding the original, else the processed."""
     if row.get("image_path") is None and ("image_path" in row or "golden_answers" in row):
         return None
     key = "ori_image_path" if kinds == ["crop"] else "processed_image_path"
     key = key if key in row else "image_path"
     if key not in row:
-        raise ValueError('has no image_path; add "image_path": "…", or null for a task without an image')
+        raise ValueError('has no image_path; add "image_path": "…", or null for a task '
+                         "without an image")
     name = _text(row, key)
-    found = [folder / name for folder in folders if os.path.isfile(folder / name)]  # not for odd names
+    # Not Path.is_file, which raises for some odd names.
+    found = [folder / name for folder in folders if os.path.isfile(folder / name)]
     if not found:
         raise MissingImage(key, name, folders)
     return str(found[0].resolve())
 
 
 def _check_image(path):
-    """Read an image as the run will: one that code or model cannot use must not stop it after hours."""
+    """Read an image as the run will. Raises ValueError for one that code or model cannot use."""
     try:
         width, height = open_picture(path).size
     except ValueError as error:
         raise ValueError(f"{error}; replace it or remove the row") from None
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"image {path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other, which "
-                         "no model reads; crop or pad it, or remove the row")
+        raise ValueError(f"image {path} has {width}x{height} pixels: one side is over {MAX_ASPECT} "
+                         "times the other, which no model reads; crop or pad it, or remove the row")

@@ -1,4 +1,5 @@
-"""What stops a run, and how it goes on: real processes that are killed, real signals, real full disks."""
+"""What stops a run, and how it goes on: real processes that are killed, real signals, real full
+disks."""
 import fcntl
 import json
 import os
@@ -15,19 +16,23 @@ import pytest
 import torch.distributed as dist
 from conftest import environments_of_ranks, start_script
 
-from data.files import append_json_line, read_json_lines, take_folder, write_whole
+from data.files import append_json_line, checkpoints, read_json_lines, take_folder, write_whole
 from model import start_ranks
-from train import Config, checkpoints, damaged_files, find_checkpoint, rollout_metrics, step_line
+from train import Config, damaged_files, find_checkpoint, rollout_metrics, step_line
 
 ROOT = Path(__file__).parent.parent
-TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2, "group_size": 2,
+TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2,
+        "group_size": 2,
         "max_turns": 2, "beta": 0, "code_timeout": 60}
 TIMINGS = re.compile(r"seconds|tokens_per_s")
 
 
-def start(out: Path, *flags: str, launcher: tuple[str, ...] = (), environment: dict = {}, **settings) -> Process:
-    """train.py with small settings, its output at the end of log(out); launcher: arguments of torchrun."""
-    arguments = [str(x) for name, value in {**TINY, "output_dir": out, **settings}.items() for x in (f"--{name}", value)]
+def start(out: Path, *flags: str, launcher: tuple[str, ...] = (), environment: dict = {},
+          **settings) -> Process:
+    """train.py with small settings, its output at the end of log(out); launcher: arguments of
+    torchrun."""
+    arguments = [str(x) for name, value in {**TINY, "output_dir": out, **settings}.items()
+                 for x in (f"--{name}", value)]
     command = ["torchrun", "--standalone", *launcher] if launcher else []
     return start_script(*command, "train.py", *arguments, *flags, output=log(out), **environment)
 
@@ -58,8 +63,10 @@ def left_by(out: Path) -> dict:
     files = {}
     for path in out.rglob("*"):
         if path.suffix == ".jsonl":
-            files[str(path.relative_to(out))] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.is_file() and path.name not in ("config.json", "summary.json", "manifest.json", ".metadata"):
+            files[str(path.relative_to(out))] = [timeless(json.loads(line))
+                                                 for line in path.read_text().splitlines()]
+        elif path.is_file() and path.name not in ("config.json", "summary.json", "manifest.json",
+                                                  ".metadata"):
             files[str(path.relative_to(out))] = path.read_bytes()
     return files
 
@@ -85,7 +92,7 @@ def alone(tmp_path_factory) -> Path:
     return out
 
 
-# ---- resume is replay ----------------------------------------------------------------------------------------------
+# ---- resume is replay ----------------------------------------------------------------------------
 
 def test_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, tmp_path):
     """SIGKILL in mid-export, a torn row behind it, a flipped byte in the last checkpoint."""
@@ -115,15 +122,18 @@ def assert_left_as_alone(out: Path, alone: Path) -> None:
 
 @pytest.mark.thorough
 def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, tmp_path):
-    """SIGTERM in the first step; SIGKILL in mid-checkpoint, then in mid-export; a flipped byte in the last checkpoint."""
+    """SIGTERM in the first step; SIGKILL in mid-checkpoint, then in mid-export; a flipped byte in
+    the last checkpoint."""
     out = tmp_path / "run"
     process = start(out)
     wait_for(process, out, lambda: read_json_lines(out / "metrics.jsonl"))
     process.terminate()
     status, output = end(process, out)
-    assert status == 0 and re.search(r"stopped before step \d: SIGTERM; --resume goes on", output), output
+    assert status == 0 and re.search(r"stopped before step \d: SIGTERM; --resume goes on",
+                                     output), output
     saved = checkpoints(out)[-1][0]
-    assert saved == len(read_json_lines(out / "metrics.jsonl")) < 4  # nothing that was learnt is lost
+    # Nothing that was learnt is lost
+    assert saved == len(read_json_lines(out / "metrics.jsonl")) < 4
 
     process = start(out, "--resume")
     wait_for(process, out, lambda: list(out.glob("checkpoint-*.tmp")))
@@ -143,6 +153,25 @@ def test_ended_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, t
     status, output = end(start(out, "--resume"), out)
     assert status == 0 and "checkpoint-4 is damaged: __0_0.distcp\nresumes from" in output, output
     assert_left_as_alone(out, alone)
+
+
+@pytest.mark.parametrize("when", ["loading", "running"])
+def test_ctrl_c_is_answered_in_a_line_and_leaves_what_can_go_on(when, tmp_path):
+    out = tmp_path / "run"
+    process = start(out)
+    happened = {"loading": out.exists, "running": lambda: read_json_lines(out / "metrics.jsonl")}
+    wait_for(process, out, happened[when])
+    os.kill(process.pid, signal.SIGINT)
+    status, output = end(process, out)
+    assert "Traceback" not in output, output
+    if when == "loading":
+        assert status == 130 and output.count("\n") == 1, output
+        assert "stopped before the first step" in output and not out.exists()
+    else:
+        assert status == 0, output
+        assert re.search(r"stopping: the rollouts end .*\n(.*\n)*stopped before step \d: SIGINT;",
+                         output), output
+        assert checkpoints(out)
 
 
 @pytest.fixture
@@ -165,8 +194,10 @@ DAMAGES = {
     "cut file": (lambda folder: os.truncate(folder / "__0_0.distcp", 1000), ["__0_0.distcp"]),
     "other flags": (lambda folder: flip_a_byte(folder / "config.json"), ["config.json"]),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), ["manifest.json"]),
-    "manifest that is no JSON": (lambda folder: (folder / "manifest.json").write_text('{"'), ["manifest.json"]),
-    "manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[1]"), ["manifest.json"]),
+    "manifest that is no JSON": (lambda folder: (folder / "manifest.json").write_text('{"'),
+                                 ["manifest.json"]),
+    "manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[1]"),
+                                 ["manifest.json"]),
     "nothing": (lambda folder: None, [])}
 
 
@@ -194,7 +225,8 @@ def test_other_flags_are_said_aloud_and_another_model_is_refused(run_folder, one
     assert find_checkpoint(config(run_folder)) == (4, run_folder / "checkpoint-4")
     assert capsys.readouterr().out == f"resumes from {run_folder / 'checkpoint-4'}\n"
     find_checkpoint(config(run_folder, lr=0.5, steps=9))
-    assert "; changed, so it may be no replay: lr 0.00015 -> 0.5, steps 4 -> 9\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "; changed, so it may be no replay: lr 0.00015 -> 0.5, steps 4 -> 9\n" in said
     with pytest.raises(ValueError, match="is a run of --model data/model, where its KL starts"):
         find_checkpoint(config(run_folder, model="other/model"))
 
@@ -209,23 +241,26 @@ def test_what_is_later_than_the_checkpoint_is_cut(run_folder, one_rank):
     assert not (run_folder / "checkpoint-3.tmp").exists()
 
 
-# ---- a disk that is full, a folder that cannot be used -------------------------------------------------------------
+# ---- a disk that is full, a folder that cannot be used -------------------------------------------
 
 @pytest.mark.thorough
 def test_no_room_in_mid_checkpoint_ends_the_run_and_leaves_the_older_ones(run_folder):
-    """A limit on the size of files stands for the full disk: the write fails just so, in the middle of a file."""
+    """A limit on the size of files stands for the full disk: the write fails just so, in the middle
+    of a file."""
     process = start(run_folder, "--resume", steps=5, eval_tasks="")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
     status, output = end(process, run_folder)
     assert status == 1 and [step for step, _ in checkpoints(run_folder)] == [2, 4], output
     line = output.splitlines()[-1]
-    assert re.fullmatch(rf"error: .*; {run_folder} \(.* GB free\) keeps what is whole: make room .*", line), line
+    words = rf"error: .*; {run_folder} \(.* GB free\) keeps what is whole: make room .*"
+    assert re.fullmatch(words, line), line
     assert not {path.name for path in run_folder.iterdir()} & {"checkpoint-5"}
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="--output_dir .*file/run: it cannot be written .*; choose another folder"):
+    words = "--output_dir .*file/run: it cannot be written .*; choose another folder"
+    with pytest.raises(ValueError, match=words):
         take_folder(tmp_path / "file" / "run")
     number = os.open(tmp_path, os.O_RDONLY)  # as another process would
     fcntl.flock(number, fcntl.LOCK_EX)
@@ -235,30 +270,37 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     take_folder(tmp_path)
 
 
-# ---- ranks ---------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 def ranks_of(process: Process) -> list[int]:
     """Process ids of the ranks that a torchrun has started, in their order."""
-    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    return sorted(int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == process.pid)
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True,
+                           check=True).stdout
+    return sorted(int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent)
+                  == process.pid)
 
 
 def start_two(out: Path, store: dist.TCPStore, count: int) -> list[Process]:
-    """Two ranks as torchrun starts them for the count-th time again, on its store; then the second is late."""
+    """Two ranks as torchrun starts them for the count-th time again, on its store; then the second
+    is late."""
     processes = []
     for environment in environments_of_ranks(2):
         time.sleep(count * len(processes))
-        environment |= {"MASTER_PORT": str(store.port), "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        environment |= {"MASTER_PORT": str(store.port), "GROUP_WORLD_SIZE": "1",
+                        "TORCHELASTIC_USE_AGENT_STORE": "True",
                         "TORCHELASTIC_RESTART_COUNT": str(count)}
-        processes.append(start(out, environment=environment, steps=400, save_every=1, eval_tasks=""))
+        processes.append(start(out, environment=environment, steps=400, save_every=1,
+                               eval_tasks=""))
     return processes
 
 
 @pytest.mark.thorough
 def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
-    """Two ranks; one is killed, which ends the other. Both are started again, and resume, though the store still holds the
-    addresses of the dead ones. A SIGTERM to one ends both; one rank goes on."""
-    out, store = tmp_path / "run", dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    """Two ranks; one is killed, which ends the other. Both are started again, and resume, though
+    the store still holds the addresses of the dead ones. A SIGTERM to one ends both; one rank goes
+    on."""
+    out, store = tmp_path / "run", dist.TCPStore("127.0.0.1", 0, is_master=True,
+                                                 wait_for_workers=False)
     first = start_two(out, store, 0)
     wait_for(first[0], out, lambda: checkpoints(out))
     first[1].kill()
@@ -275,14 +317,16 @@ def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
     step = checkpoints(out)[-1][0]
     assert step == steps()
     status, output = end(start(out, "--resume", steps=step + 1, eval_tasks=""), out)
-    assert status == 0 and re.search("resumes from .*ranks 2 -> 1", output) and steps() == step + 1, output
+    assert status == 0 and re.search("resumes from .*ranks 2 -> 1",
+                                     output) and steps() == step + 1, output
 
 
 @pytest.mark.thorough
 def test_torchrun_restarts_the_ranks_and_passes_a_signal_on(tmp_path):
     """Two ranks; one is killed: torchrun starts both again, which resume. A SIGTERM ends them."""
     out = tmp_path / "run"
-    process = start(out, launcher=("--nproc_per_node=2", "--max-restarts=1"), steps=400, save_every=1, eval_tasks="")
+    process = start(out, launcher=("--nproc_per_node=2", "--max-restarts=1"), steps=400,
+                    save_every=1, eval_tasks="")
     wait_for(process, out, lambda: checkpoints(out))
     first = ranks_of(process)
     os.kill(first[1], signal.SIGKILL)
@@ -299,35 +343,42 @@ def test_torchrun_restarts_the_ranks_and_passes_a_signal_on(tmp_path):
     assert checkpoints(out)[-1][0] == steps()
 
 
-# ---- updates that are no good --------------------------------------------------------------------------------------
+# ---- updates that are no good --------------------------------------------------------------------
 
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path):
     """beta times a KL of 0 is not a number here, as 1e39 is infinite in float32."""
     out = tmp_path / "run"
     status, output = end(start(out, beta="1e39", max_skipped=2, save_every=1, eval_tasks=""), out)
-    assert status == 1 and "stopped before step 3: 2 steps in a row had a loss or gradient that is not finite" in output, output
+    words = "stopped before step 3: 2 steps in a row had a loss or gradient that is not finite"
+    assert status == 1 and words in output, output
     assert output.count("SKIPPED") == 2
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["skipped"], row["loss"]) for row in rows] == [(1, 1, None), (2, 1, None)]
+    rows = [json.loads(line, parse_constant=pytest.fail)
+            for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shown = [(row["step"], row["skipped"], row["loss"]) for row in rows]
+    assert shown == [(1, 1, None), (2, 1, None)]
     assert [step for step, _ in checkpoints(out)] == [1, 2]
 
 
 def row(action="answer", advantage=0.0):
-    return {"turns": [{"action": action}], "stop": action, "advantage": advantage, "reward": 1.0, "success": False,
+    return {"turns": [{"action": action}], "stop": action, "advantage": advantage, "reward": 1.0,
+            "success": False,
             "reward_parts": {"format": 1.0}}
 
 
-@pytest.mark.parametrize("rows, note", [([row("invalid", 1.0)] * 2, "COLLAPSED"), ([row()] * 2, "NOTHING TO LEARN FROM"),
+@pytest.mark.parametrize("rows, note", [([row("invalid", 1.0)] * 2, "COLLAPSED"),
+                                        ([row()] * 2, "NOTHING TO LEARN FROM"),
                                         ([row(), row("invalid", 1.0)], "")])
 def test_a_collapsed_run_says_so_in_its_line(rows, note):
-    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds", "seconds_generate",
+    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds",
+                          "seconds_generate",
                           "seconds_tools", "seconds_score", "seconds_update", "tasks_failed"], 0)
-    line = step_line(rollout_metrics(rows, ["format"]) | rest, 4, 0.0)
+    line = step_line(rollout_metrics(rows, ["format"]) | rest, 4)
     assert re.findall("COLLAPSED|NOTHING TO LEARN FROM", line) == [note] * bool(note)
 
 
 def test_rows_are_json_and_files_are_whole(tmp_path):
-    append_json_line(tmp_path / "rows.jsonl", {"loss": float("nan"), "norm": float("inf"), "step": 1})
+    append_json_line(tmp_path / "rows.jsonl",
+                     {"loss": float("nan"), "norm": float("inf"), "step": 1})
     assert (tmp_path / "rows.jsonl").read_text() == '{"loss": null, "norm": null, "step": 1}\n'
     write_whole(tmp_path / "rows.jsonl", "new\n")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["new\n"]

@@ -35,7 +35,8 @@ QUICK = {"prompts_per_step": 2, "group_size": 4, "eval_limit": 4, "max_turns": 3
 def train(out: Path, *flags: str, check: bool = True, **settings) -> CompletedProcess:
     """`python train.py` on one process, with small settings that flags and settings add to."""
     settings = {**QUICK, "output_dir": out, **settings}
-    done = run_script("train.py", *[x for name, value in settings.items() for x in (f"--{name}", value)], *flags)
+    done = run_script("train.py", *[x for name, value in settings.items()
+                                    for x in (f"--{name}", value)], *flags)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -56,15 +57,40 @@ def whole_run(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_the_readme_lists(whole_run):
     summary = json.loads((whole_run / "summary.json").read_text())
-    assert {"success_before", "success_after", "success_tools_off", "by_family", "steps", "seconds", "seed"} <= set(summary)
+    assert {"success_before", "success_after", "success_tools_off", "by_family", "steps", "seconds",
+            "seed"} <= set(summary)
     assert [row["step"] for row in rows(whole_run / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert sorted(p.name for p in (whole_run / "rollouts").glob("*.jsonl")) == ["step_1.jsonl", "step_2.jsonl", "step_4.jsonl"]
+    written = sorted(path.name for path in (whole_run / "rollouts").glob("*.jsonl"))
+    assert written == ["step_1.jsonl", "step_2.jsonl", "step_4.jsonl"]
     shown = rows(whole_run / "rollouts" / "step_1.jsonl")
     assert len(shown) == 8
-    assert {"id", "question", "turns", "answer", "answers", "reward", "reward_parts", "advantage"} <= set(shown[0])
+    assert {"id", "question", "turns", "answer", "answers", "reward", "reward_parts",
+            "advantage"} <= set(shown[0])
     images = [turn["image"] for row in shown for turn in row["turns"] if "image" in turn]
     assert images and all((whole_run / "rollouts" / image).is_file() for image in images)
     assert (whole_run / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kept", [("coding", "search"), ("search",), ()], ids=str)
+def test_figures_can_be_drawn_of_a_run_that_learnt_little(whole_run, kept, tmp_path):
+    """The families that are not kept have no right answer in the last step; the first step has
+    wrong ones."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    turn = {"text": "<search> x </search>", "observation": "y", "ok": True}
+    offline = ROOT / "data" / "offline"
+    image = str(offline / json.loads((offline / "train.json").read_text())[0]["ori_image_path"])
+    for step in (1, 4):
+        path = run / "rollouts" / f"step_{step}.jsonl"
+        path.write_text("".join(json.dumps({
+            "id": f"{family}-{i}", "question": "?", "image": image, "turns": [turn],
+            "answers": ["x"], "reward": 1.0,
+            "answer": "x" if step == 4 and family in kept else "z"}) + "\n"
+            for i, family in enumerate(("coding", "search"))))
+    done = run_script("data/make_figures.py", run, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "learning_curve.png").is_file()
+    assert (tmp_path / "rollouts.png").is_file() == bool(kept)
+    assert ("no rollouts.png" in done.stdout) == (not kept)
 
 
 def test_sampled_and_scored_log_probs_agree(whole_run):
@@ -72,8 +98,10 @@ def test_sampled_and_scored_log_probs_agree(whole_run):
 
 
 def test_every_weight_is_trained(whole_run):
-    """FSDP leaves the root's parameters whole after a forward: an optimizer made then would train copies."""
-    before, after = (load_file(folder / "model.safetensors") for folder in (ROOT / "data" / "model", whole_run / "model"))
+    """FSDP leaves the root's parameters whole after a forward: an optimizer made then would train
+    copies."""
+    before, after = (load_file(folder / "model.safetensors")
+                     for folder in (ROOT / "data" / "model", whole_run / "model"))
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
@@ -90,31 +118,43 @@ def test_step_mode_trains_on_single_actions(tmp_path):
     train(tmp_path / "run", mode="step", tasks="data/offline/steps.json", steps=1, eval_tasks="")
     [row] = rows(tmp_path / "run" / "metrics.jsonl")
     shown = rows(tmp_path / "run" / "rollouts" / "step_1.jsonl")
-    assert row["turns"] == 1.0 and row["reward_format"] == pytest.approx(sum(r["reward_parts"]["format"] for r in shown) / 8)
-    part_of = {"problem": "problem", "code": "code", "search": "search", "answer": "accuracy"}  # by the gold action's kind
+    assert row["turns"] == 1.0
+    formats = [r["reward_parts"]["format"] for r in shown]
+    assert row["reward_format"] == pytest.approx(sum(formats) / 8)
+    # By the gold action's kind
+    part_of = {"problem": "problem", "code": "code", "search": "search", "answer": "accuracy"}
     for r in shown:
         assert set(r["reward_parts"]) == {"format", part_of[r["id"].rpartition("-")[2]]}
         assert r["reward"] == pytest.approx(sum(r["reward_parts"].values()))  # 1:1
     assert all("ok" not in turn for r in shown for turn in r["turns"])  # no tool runs
-    names = {"format", "accuracy", "search", "code", "problem"}  # one key for each, null where no row has it
-    assert {name for name in row if name.startswith("reward_")} == {f"reward_{name}" for name in names}
-    assert {name for name in names if row[f"reward_{name}"] is None} == names - {n for r in shown for n in r["reward_parts"]}
+    # One key for each, null where no row has it
+    names = {"format", "accuracy", "search", "code", "problem"}
+    logged = {name for name in row if name.startswith("reward_")}
+    assert logged == {f"reward_{name}" for name in names}
+    seen = {name for r in shown for name in r["reward_parts"]}
+    assert {name for name in names if row[f"reward_{name}"] is None} == names - seen
 
 
 def test_every_row_of_metrics_has_the_same_keys():
     def row(parts, **rest):
-        return {"turns": [{"action": "answer"}], "stop": "answer", "advantage": 1.0, "reward": 1.0, "success": 1.0,
+        return {"turns": [{"action": "answer"}], "stop": "answer", "advantage": 1.0, "reward": 1.0,
+                "success": 1.0,
                 "reward_parts": parts} | rest
-    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds", "seconds_generate",
+    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds",
+                          "seconds_generate",
                           "seconds_tools", "seconds_score", "seconds_update", "tasks_failed"], 0)
     full, part, empty = steps = [rollout_metrics(rows, WEIGHTS) | rest for rows in (
-        [row(dict.fromkeys(WEIGHTS, 1.0)), row({"search": 0.0})], [row({"format": 0.5}, success=None), row({"format": 1.0})],
+        [row(dict.fromkeys(WEIGHTS, 1.0)), row({"search": 0.0})],
+        [row({"format": 0.5}, success=None), row({"format": 1.0})],
         [row({}, turns=[], success=None)])]
-    assert full.keys() == part.keys() == empty.keys() and [s["reward_search"] for s in steps] == [0.5, None, None]
+    assert full.keys() == part.keys() == empty.keys()
+    assert [s["reward_search"] for s in steps] == [0.5, None, None]
     assert [s["success"] for s in steps] == [1.0, 1.0, None] and empty["valid_turns"] is None
-    lines = [step_line(s, 4, 0.0) for s in steps]
-    assert "(accuracy 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)  success 100%" in lines[0]
-    assert "reward 1.00 (format 0.75)  success 100%" in lines[1] and "reward 1.00 ()  kl 0.0000" in lines[2]
+    lines = [step_line(s, 4) for s in steps]
+    parts = "(accuracy 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)"
+    assert f"{parts}  success 100%" in lines[0]
+    assert "reward 1.00 (format 0.75)  success 100%" in lines[1]
+    assert "reward 1.00 ()  kl 0.0000" in lines[2]
 
 
 README = (ROOT / "README.md").read_text() + (ROOT / "data" / "README.md").read_text()
@@ -139,29 +179,36 @@ def test_the_readmes_own_tasks_load_and_train(tmp_path):
     flags = [str(path) if flag == "mine/tasks.json" else flag for flag in command[3:]]
     assert str(path) in flags
     for key in ("id", "type", "family"):  # not required
-        path.write_text(json.dumps([{name: value for name, value in row.items() if name != key} for row in rows_of_readme]))
+        path.write_text(json.dumps([{name: value for name, value in row.items() if name != key}
+                                    for row in rows_of_readme]))
         assert len(load_tasks(path)) == 3
-    done = run_script("train.py", *flags, "--output_dir", tmp_path / "run", "--steps", 1, "--group_size", 2)
+    done = run_script("train.py", *flags, "--output_dir", tmp_path / "run", "--steps", 1,
+                      "--group_size", 2)
     assert done.returncode == 0, done.stderr
     assert {row["id"] for row in rows(tmp_path / "run" / "rollouts" / "step_1.jsonl")} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("package, environment", [("tensorboard", {}), ("wandb", {"WANDB_MODE": "offline"})])
+@pytest.mark.parametrize("package, environment",
+                         [("tensorboard", {}), ("wandb", {"WANDB_MODE": "offline"})])
 def test_the_readmes_lines_send_metrics_on(package, environment, tmp_path):
     pytest.importorskip(package)
-    [code] = [block.split("```")[0] for block in README.split("```python\n")[1:] if package in block.split("```")[0]]
+    [code] = [block.split("```")[0] for block in README.split("```python\n")[1:]
+              if package in block.split("```")[0]]
     (tmp_path / "runs" / "default").mkdir(parents=True)
-    (tmp_path / "runs" / "default" / "metrics.jsonl").write_text('{"step": 1, "kl": null, "reward": 0.5}\n'
-                                                                 '{"step": 2, "kl": 0.1, "reward": 0.75}\n')
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | environment)
-    assert [path for path in tmp_path.rglob("*") if package[:5] in path.name or "tfevents" in path.name]
+    (tmp_path / "runs" / "default" / "metrics.jsonl").write_text(
+        '{"step": 1, "kl": null, "reward": 0.5}\n{"step": 2, "kl": 0.1, "reward": 0.75}\n')
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True,
+                   env=os.environ | environment)
+    assert [path for path in tmp_path.rglob("*") if package[:5] in path.name
+            or "tfevents" in path.name]
 
 
 def write_tasks(folder: Path, **changes) -> str:
     """A file with one sound coding task, but for the changes; None leaves a field out."""
     row = {"id": "one", "family": "coding", "question": "?", "answers": ["K"], "type": ["none"],
            "ori_image_path": "a.png", "processed_image_path": "a.png"} | changes
-    (folder / "tasks.json").write_text(json.dumps([{k: v for k, v in row.items() if v is not None}]))
+    row = {key: value for key, value in row.items() if value is not None}
+    (folder / "tasks.json").write_text(json.dumps([row]))
     return str(folder / "tasks.json")
 
 
@@ -197,19 +244,24 @@ def held_run(folder):
     lambda folder: ({"rewards": "beauty=1"}, ["beauty", "format"]),
     lambda folder: ({"corpus": "gopher:x"}, ["gopher", "sqlite"]),
     lambda folder: ({"mode": "step"}, ["--mode step", "solution"]),
-], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run", "group of one", "no number",
+], ids=["missing image", "broken image", "no answer", "malformed", "no weights", "held run",
+        "group of one", "no number",
         "unknown reward", "unknown backend", "no solution"])
 def test_bad_input_is_named_before_a_model_is_loaded(case, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings, words = case(tmp_path)
     with pytest.raises(ValueError) as error:
-        prepare(Config(**{"output_dir": str(tmp_path / "out"), **settings}))  # what main does first, before any rank starts
+        # What main does first, before any rank starts
+        prepare(Config(**{"output_dir": str(tmp_path / "out"), **settings}))
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("flags", [{"max_grad_norm": -1.0}, {"max_grad_norm": 0.0}, {"eval_temperature": -1.0},
-                                   {"eval_every": -1}, {"eval_limit": -1}, {"code_timeout": -1.0}, {"seed": -1},
-                                   {"seed": 2**32}, {"min_pixels": 0}, {"max_pixels": 1000, "min_pixels": 500_000}], ids=str)
+@pytest.mark.parametrize("flags", [{"max_grad_norm": -1.0}, {"max_grad_norm": 0.0},
+                                   {"eval_temperature": -1.0},
+                                   {"eval_every": -1}, {"eval_limit": -1}, {"code_timeout": -1.0},
+                                   {"seed": -1},
+                                   {"seed": 2**32}, {"min_pixels": 0},
+                                   {"max_pixels": 1000, "min_pixels": 500_000}], ids=str)
 def test_a_number_that_cannot_work_is_refused(flags):
     with pytest.raises(ValueError, match=f"--{next(iter(flags))} "):
         Config(**flags)
@@ -224,15 +276,18 @@ def test_a_run_does_not_begin_where_code_cannot_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"tasks": "nowhere.json"}, "nowhere.json: no such file"), ({"no_such_flag": 1}, "no such flag: --no_such_flag 1"),
-    ({"step": 3}, "no such flag: --step 3"), ({"steps": "many"}, "--steps: invalid int value: 'many'"),
+    ({"tasks": "nowhere.json"}, "nowhere.json: no such file"),
+    ({"no_such_flag": 1}, "no such flag: --no_such_flag 1"),
+    ({"step": 3}, "no such flag: --step 3"),
+    ({"steps": "many"}, "--steps: invalid int value: 'many'"),
     ({"loss": "ppo"}, "--loss: invalid choice: 'ppo' (choose from 'grpo', 'dr_grpo', 'dapo')"),
     ({"mode": "Step"}, "--mode: invalid choice: 'Step' (choose from 'episode', 'step')"),
     ({"prompt": "long"}, "--prompt: invalid choice: 'long' (choose from 'short', 'full')")])
 def test_bad_input_ends_the_process_with_a_line_and_a_status(settings, words, tmp_path):
     start = time.monotonic()
     done = train(tmp_path / "out", check=False, **settings)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
     assert time.monotonic() - start < 30  # most of it is the import of torch and transformers
 
@@ -245,7 +300,7 @@ def test_help_lists_choices_and_the_parts_of_rewards():
         assert words in said, said
 
 
-# ---- a run that does not begin ---------------------------------------------------------------------------------------
+# ---- a run that does not begin -------------------------------------------------------------------
 
 class Hub(BaseHTTPRequestHandler):
     """Answers as the hub does for a model that is gated, or not there."""
@@ -281,7 +336,8 @@ def truncated(folder: Path) -> Path:
 def assert_refused(done: CompletedProcess, model, words: str) -> None:
     """One line that names the model, the reason and the way out."""
     line = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and line.startswith(f"error: --model {model} cannot be loaded") and words in line, done.stderr
+    assert done.returncode == 2 and words in line, done.stderr
+    assert line.startswith(f"error: --model {model} cannot be loaded"), done.stderr
     assert "Traceback" not in done.stderr and "room" not in done.stderr
 
 
@@ -294,7 +350,8 @@ def test_a_failed_load_leaves_nothing(script, tmp_path):
     (tmp_path / "there").mkdir()
     more = ("--resume", "True") if script == "train.py" else ()
     for out in (tmp_path / "there", tmp_path / "new" / "deep"):
-        assert_refused(run_script(script, "--model", model, *TASKS, "--output_dir", out, *more), model, "SafetensorError")
+        assert_refused(run_script(script, "--model", model, *TASKS, "--output_dir", out, *more),
+                       model, "SafetensorError")
     assert list((tmp_path / "there").iterdir()) == [] and not (tmp_path / "new").exists()
 
 
@@ -303,12 +360,16 @@ def test_a_failed_load_leaves_nothing(script, tmp_path):
     ("train.py", "Qwen/typo", "is not a valid model identifier.*check the name on huggingface.co"),
     ("evaluate.py", "Qwen/gated", "gated repo.*a gated or private model needs `hf auth login`"),
     ("train.py", "Qwen/offline", "couldn't connect.*the network")])
-def test_a_model_that_the_hub_does_not_give_is_named_with_the_way_out(script, name, words, tmp_path, hub_address):
+def test_a_model_that_the_hub_does_not_give_is_named_with_the_way_out(script, name, words, tmp_path,
+                                                                      hub_address):
     """In fresh processes, since the hub's library reads its settings when it is imported."""
-    hub = {"HF_ENDPOINT": hub_address, "HF_HUB_OFFLINE": str(int(name == "Qwen/offline")), "HF_HOME": str(tmp_path / "hub")}
+    hub = {"HF_ENDPOINT": hub_address, "HF_HUB_OFFLINE": str(int(name == "Qwen/offline")),
+           "HF_HOME": str(tmp_path / "hub")}
     start = time.monotonic()
-    done = subprocess.run([sys.executable, script, "--model", name, *TASKS, "--output_dir", str(tmp_path / "out")], cwd=ROOT,
-                          capture_output=True, text=True, timeout=200, env=os.environ | hub | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, script, "--model", name, *TASKS, "--output_dir",
+                           str(tmp_path / "out")], cwd=ROOT,
+                          capture_output=True, text=True, timeout=200,
+                          env=os.environ | hub | {"OMP_NUM_THREADS": "1"})
     assert_refused(done, name, "")
     assert re.search(words, done.stderr.splitlines()[-1]), done.stderr
     assert not (tmp_path / "out").exists() and time.monotonic() - start < 60
@@ -319,7 +380,8 @@ def test_a_full_disk_at_the_start_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(ValueError, match="cannot be written .*File too large"), nothing_left(tmp_path / "a" / "b"):
+        with (pytest.raises(ValueError, match="cannot be written .*File too large"),
+              nothing_left(tmp_path / "a" / "b")):
             take_folder(tmp_path / "a" / "b")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -339,20 +401,25 @@ def test_only_new_and_empty_folders_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("files, resume, words", [
-    ({"metrics.jsonl": ""}, False, "holds a training run; add --resume to go on, or choose another folder"),
+    ({"metrics.jsonl": ""}, False,
+     "holds a training run; add --resume to go on, or choose another folder"),
     ({"config.json": '{"prompts_per_step": 8}'}, False, "holds a training run"),
     ({"items.jsonl": ""}, False, "holds an evaluation; choose another folder"),
-    ({"config.json": '{"benchmark": null}', "scores.json": "{}"}, True, "holds an evaluation; choose another folder"),
+    ({"config.json": '{"benchmark": null}', "scores.json": "{}"}, True,
+     "holds an evaluation; choose another folder"),
     ({"predictions.json": "[]"}, True, "holds files of others; choose another folder"),
-    ({"config.json": "[]"}, True, "holds files of others"), ({"config.json": "no json"}, False, "holds files of others"),
-    ({"model/weights": ""}, False, "holds files of others"), ({"checkpoint-500/optimizer.pt": ""}, True, "files of others")])
+    ({"config.json": "[]"}, True, "holds files of others"),
+    ({"config.json": "no json"}, False, "holds files of others"),
+    ({"model/weights": ""}, False, "holds files of others"),
+    ({"checkpoint-500/optimizer.pt": ""}, True, "files of others")])
 def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(files, resume, words, tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"--output_dir {tmp_path} .*{words}"):
         prepare(Config(output_dir=str(tmp_path), resume=resume))
-    assert {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == files
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*")
+            if path.is_file()} == files
 
 
 def test_a_log_file_in_the_folder_is_no_obstacle(tmp_path):
@@ -362,8 +429,10 @@ def test_a_log_file_in_the_folder_is_no_obstacle(tmp_path):
 
 def torchrun(ranks: int, *command) -> tuple[int, list[str]]:
     """(status, lines) of a real torchrun."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                           "--max-restarts=0", *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=90,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc_per_node={ranks}",
+                           "--max-restarts=0", *map(str, command)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=90,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stderr.splitlines()
 
@@ -383,11 +452,15 @@ except ValueError as error:
 
 @pytest.mark.parametrize("case", [
     pytest.param(lambda folder: (3, ("train.py", "--output_dir", folder / "out"),
-                                 "--prompts_per_step 8 does not divide among 3 ranks"), marks=pytest.mark.thorough),
-    pytest.param(lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model", truncated(folder / "m")),
+                                 "--prompts_per_step 8 does not divide among 3 ranks"),
+                 marks=pytest.mark.thorough),
+    pytest.param(lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model",
+                                     truncated(folder / "m")),
                                  "SafetensorError"), marks=pytest.mark.thorough),
-    lambda folder: (2, ("evaluate.py", "--output_dir", folder / "out", "--ask", "me"), "--ask: invalid choice: 'me'"),
-    pytest.param(lambda folder: (2, (folder / "one.py", ROOT), "the reason"), marks=pytest.mark.thorough),
+    lambda folder: (2, ("evaluate.py", "--output_dir", folder / "out", "--ask", "me"),
+                    "--ask: invalid choice: 'me'"),
+    pytest.param(lambda folder: (2, (folder / "one.py", ROOT), "the reason"),
+                 marks=pytest.mark.thorough),
 ], ids=["no share for a rank", "one rank reads the weights", "a flag", "the second rank alone"])
 def test_the_last_lines_of_torchrun_hold_the_message(case, tmp_path):
     (tmp_path / "one.py").write_text(ONE_RANK_FAILS)
@@ -413,7 +486,8 @@ except ValueError as error:
 def test_a_model_that_the_first_rank_cannot_read_is_an_error_on_all(tmp_path):
     (tmp_path / "loads.py").write_text(LOADS)
     status, lines = torchrun(2, tmp_path / "loads.py", ROOT, truncated(tmp_path / "m"))
-    assert status == 0 and "\n".join(lines).count("cannot be loaded: SafetensorError") == 2, "\n".join(lines)
+    output = "\n".join(lines)
+    assert status == 0 and output.count("cannot be loaded: SafetensorError") == 2, output
 
 
 def test_only_the_first_rank_makes_the_folder(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
-"""One update of train.py against the formula on a plain Hugging Face model; a stopped run against one that was not stopped.
+"""One update of train.py against the formula on a plain Hugging Face model; a stopped run against
+one that was not stopped.
 
-One rank is this process itself; several are processes that talk by gloo, forked from one that has done nothing but import.
+One rank is this process itself; several are processes that talk by gloo, forked from one that has
+done nothing but import.
 """
 import functools
 import json
@@ -28,18 +30,22 @@ from model import encode_text, load_policy
 from ranks_worker import CODE, LIMITS, picture, task
 from rollout import Tools, roll_out
 from tools import CodeTool
-from train import Config, even_micro_batches, load, main, prepare, prompts_of_step, reference_logps, seed_step, update
+from train import (Config, even_micro_batches, load, main, prepare, prompts_of_step,
+                   reference_logps, seed_step, update)
 
 ROOT = Path(__file__).parent.parent
-IMAGE, NUM_KEPT = 802, 791  # ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
-SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40, "max_grad_norm": 1e6, "clip_high": 0.28}
+# Ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
+IMAGE, NUM_KEPT = 802, 791
+SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40,
+            "max_grad_norm": 1e6, "clip_high": 0.28}
 LR = 0.05
 
 
 @contextmanager
 def group(store, rank=0, size=1):
     """A process group for as long as the block lasts."""
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size,
+                            timeout=timedelta(seconds=60))
     yield
     dist.destroy_process_group()
 
@@ -54,7 +60,8 @@ def rank():
 def on_ranks(size, folder, function, *args):
     """[what function(*args) returned on each rank] of `size` processes."""
     folder.mkdir()
-    processes = [CLEAN.Process(target=work, args=(rank, size, folder, function, args)) for rank in range(size)]
+    processes = [CLEAN.Process(target=work, args=(rank, size, folder, function, args))
+                 for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -73,13 +80,15 @@ def work(rank, size, folder, function, args):
 def reference_folder(tmp_path_factory, policy):
     """Another model with the same tokenizer, so that the KL is not 0."""
     folder = tmp_path_factory.mktemp("reference")
-    for part in (make_model(policy.tokenizer, seed=1), policy.tokenizer, Qwen2VLImageProcessorPil()):
+    for part in (make_model(policy.tokenizer, seed=1), policy.tokenizer,
+                 Qwen2VLImageProcessorPil()):
         part.save_pretrained(folder)
     return folder
 
 
-def plain_law(model, rollout, temperature):
-    """Log-probs (T - 1, 791) of the next token after each: one sequence at a time; Hugging Face makes the positions."""
+def plain_logps(model, rollout, temperature):
+    """Log-probs (T - 1, 791) of the next token after each: one sequence at a time; Hugging Face
+    makes the positions."""
     ids = torch.tensor([rollout.ids])
     vision = {}
     if rollout.images:
@@ -92,10 +101,12 @@ def plain_law(model, rollout, temperature):
 
 @pytest.fixture(scope="module")
 def rows(policy):
-    """[(rollout, advantage)] of four groups of two, the last two with an image; 1 to 3 turns, and a repaired image in one."""
+    """[(rollout, advantage)] of four groups of two, the last two with an image; 1 to 3 turns, and a
+    repaired image in one."""
     torch.manual_seed(0)
     answers = ["<answer>" + " 7" * (i + 1) + "</answer>" for i in range(8)]
-    chains = [["<problem> dark </problem>"] * (i % 3) + [answer] for i, answer in enumerate(answers)]
+    chains = [["<problem> dark </problem>"] * (i % 3) + [answer]
+              for i, answer in enumerate(answers)]
     chains[5] = [f"<code>{CODE}</code>", answers[5]]
     numbers = {}
 
@@ -107,7 +118,8 @@ def rows(policy):
         return [(ids, [-5.0] * len(ids)) for ids in actions]
     tasks = [task(i, "Why? " * (3 * i + 1), picture(i) if i > 1 else None) for i in range(4)]
     with CodeTool(workers=1, timeout=20.0) as tool:
-        rollouts, _ = roll_out(policy, tasks, Tools(code=tool), LIMITS, group_size=2, sampler=sampler)
+        rollouts, _ = roll_out(policy, tasks, Tools(code=tool), LIMITS, group_size=2,
+                               sampler=sampler)
     assert [len(r.images) for r in rollouts] == [0, 0, 0, 0, 1, 2, 1, 1]
     return list(zip(rollouts, [1.5, -1.0, 0.5, -0.25, 0.75, -2.0, 1.0, 0.25]))
 
@@ -116,47 +128,55 @@ def rows(policy):
 def plain(model_folder, reference_folder, rows):
     """plain(loss, updates): (metrics, what every parameter loses) of the updates of all rows."""
     def compute(loss, updates=1):
-        return plain_update(model_folder, reference_folder, rows, Config(**SETTINGS, loss=loss, updates_per_batch=updates))
+        return plain_update(model_folder, reference_folder, rows,
+                            Config(**SETTINGS, loss=loss, updates_per_batch=updates))
     return functools.cache(compute)
 
 
-def plain_terms(law, reference_law, old_logps, rollout, advantage, config):
-    """[(objective, KL, whether it is clipped, entropy, log-prob)] of every token that the policy wrote."""
+def plain_terms(all_logps, ref_all_logps, old_logps, rollout, advantage, config):
+    """[(objective, KL, whether it is clipped, entropy, log-prob)] of every token that the policy
+    wrote."""
     terms = []
     for t, (token, is_action) in enumerate(zip(rollout.ids, rollout.action_mask)):
         if is_action:
-            logp, q = law[t - 1, token], reference_law[t - 1, token]
+            logp, q = all_logps[t - 1, token], ref_all_logps[t - 1, token]
             ratio = (logp - (old_logps[len(terms)] if old_logps else logp.item())).exp()
-            above, below = ratio > 1 + config.clip_high and advantage > 0, ratio < 1 - config.clip_low and advantage < 0
+            above = ratio > 1 + config.clip_high and advantage > 0
+            below = ratio < 1 - config.clip_low and advantage < 0
             bounded = 1 + config.clip_high if above else 1 - config.clip_low if below else ratio
             kl = (q - logp).exp() - (q - logp) - 1
-            entropy = -(law[t - 1].exp() * law[t - 1]).sum().item()
-            terms.append((bounded * advantage - config.beta * kl, kl.item(), bool(above or below), entropy, logp.item()))
+            entropy = -(all_logps[t - 1].exp() * all_logps[t - 1]).sum().item()
+            terms.append((bounded * advantage - config.beta * kl, kl.item(), bool(above or below),
+                          entropy, logp.item()))
     return terms
 
 
 def plain_update(folder, reference_folder, rows, config):
-    """In loops over rollouts and tokens, from the papers' formulas; gradient descent with a rate of LR."""
-    model, reference = (Qwen2_5_VLForConditionalGeneration.from_pretrained(f, dtype=torch.float32).eval()
+    """In loops over rollouts and tokens, from the papers' formulas; gradient descent with a rate of
+    LR."""
+    load_plain = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    model, reference = (load_plain(f, dtype=torch.float32).eval()
                         for f in (folder, reference_folder))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
-        reference_laws = [plain_law(reference, rollout, config.temperature) for rollout, _ in rows]
+        ref_all_logps = [plain_logps(reference, rollout, config.temperature) for rollout, _ in rows]
     num_tokens = sum(sum(r.action_mask) for r, _ in rows)
+    longest = config.max_turns * config.max_new_tokens
     old_logps, gap = [None] * len(rows), None
     for _ in range(config.updates_per_batch):
         metrics, total = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0), 0.0
         for i, (rollout, advantage) in enumerate(rows):
-            law = plain_law(model, rollout, config.temperature)
-            terms = plain_terms(law, reference_laws[i], old_logps[i], rollout, advantage, config)
+            all_logps = plain_logps(model, rollout, config.temperature)
+            terms = plain_terms(all_logps, ref_all_logps[i], old_logps[i], rollout, advantage, config)
             weight = {"grpo": 1 / (len(rows) * len(terms)), "dapo": 1 / num_tokens,
-                      "dr_grpo": 1 / (len(rows) * config.max_turns * config.max_new_tokens)}[config.loss]
+                      "dr_grpo": 1 / (len(rows) * longest)}[config.loss]
             loss = -weight * sum(term[0] for term in terms)
             loss.backward()
             for name, values in zip(metrics, ([loss.item() / weight], *list(zip(*terms))[1:4])):
                 metrics[name] += weight * sum(values)
             total += weight * len(terms)
-            old_logps[i] = old_logps[i] or [term[4] for term in terms]  # of the policy before its first step
+            # Of the policy before its first step
+            old_logps[i] = old_logps[i] or [term[4] for term in terms]
         if gap is None:
             gap = max(abs(logp + 5.0) for logps in old_logps for logp in logps)
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
@@ -164,54 +184,77 @@ def plain_update(folder, reference_folder, rows, config):
             for p in model.parameters():
                 p -= LR * p.grad
                 p.grad = None
-    metrics |= {name: metrics[name] / total for name in ("kl", "clipped", "entropy")}  # means over the tokens
+    # Means over the tokens
+    metrics |= {name: metrics[name] / total for name in ("kl", "clipped", "entropy")}
     return (metrics | {"gap": gap, "tokens": num_tokens, "grad_norm": norm, "skipped": 0},
             {name: before[name] - p.detach() for name, p in model.named_parameters()})
 
 
 def our_update(folder, reference_folder, rows, config):
     """The same of train.py: (metrics, what every parameter lost)."""
-    policy, reference = load_policy(str(folder), shard=True), load_policy(str(reference_folder), shard=True)
+    policy, reference = (load_policy(str(f), shard=True) for f in (folder, reference_folder))
     before = {name: p.full_tensor().detach().clone() for name, p in policy.model.named_parameters()}
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=LR)
-    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], config.micro_batch_tokens)
-    metrics = update(policy, optimizer, batches, num_real, reference_logps(reference, batches, config.temperature), config)
-    return metrics, {name: before[name] - p.full_tensor().detach() for name, p in policy.model.named_parameters()}
+    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows],
+                                           config.micro_batch_tokens)
+    metrics = update(policy, optimizer, batches, num_real,
+                     reference_logps(reference, batches, config.temperature), config)
+    return metrics, {name: before[name] - p.full_tensor().detach()
+                     for name, p in policy.model.named_parameters()}
 
 
 def assert_is_the_formula(updated, plain, scale=1.0):
     """Our update is the plain one; scale: what the gradients were cut to."""
     (metrics, lost), (expected_metrics, expected) = updated, plain
-    assert metrics == {name: pytest.approx(value, rel=1e-4) for name, value in expected_metrics.items()}
-    for name, wanted in expected.items():  # fp32, padded or not; a weight of 0.1 rounds what it lost by 1e-8
+    assert metrics == {name: pytest.approx(value, rel=1e-4)
+                       for name, value in expected_metrics.items()}
+    # Fp32, padded or not; a weight of 0.1 rounds what it lost by 1e-8
+    for name, wanted in expected.items():
         assert wanted.norm() > 0, name
         assert (lost[name] - scale * wanted).norm() <= 1e-4 * scale * wanted.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("loss, micro_batch_tokens", [("grpo", 1), ("grpo", 300), ("grpo", 100_000), ("dapo", 300),
-                                                      ("dr_grpo", 300)])
-def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folder, rows, plain, rank, loss, micro_batch_tokens):
+@pytest.mark.parametrize("loss, micro_batch_tokens",
+                         [("grpo", 1), ("grpo", 300), ("grpo", 100_000), ("dapo", 300),
+                          ("dr_grpo", 300)])
+def test_an_update_is_the_formula_on_a_plain_model(model_folder, reference_folder, rows, plain,
+                                                   rank, loss, micro_batch_tokens):
     config = Config(**SETTINGS, loss=loss, micro_batch_tokens=micro_batch_tokens)
     assert plain(loss)[0]["kl"] > 0.005 and plain(loss)[0]["grad_norm"] > 0.05
     assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain(loss))
 
 
-def test_later_updates_of_a_batch_are_clipped_around_the_policy_that_began_it(model_folder, reference_folder, rows, plain,
-                                                                              rank):
+def test_later_updates_of_a_batch_are_clipped_around_the_policy_that_began_it(
+        model_folder, reference_folder, rows, plain, rank):
     config = Config(**SETTINGS, updates_per_batch=3, micro_batch_tokens=300)
     assert 0.1 < plain("grpo", 3)[0]["clipped"] < 0.9
-    assert_is_the_formula(our_update(model_folder, reference_folder, rows, config), plain("grpo", 3))
+    assert_is_the_formula(our_update(model_folder, reference_folder, rows, config),
+                          plain("grpo", 3))
 
 
-def test_dr_grpo_divides_by_the_longest_rollout_of_its_mode(model_folder, reference_folder, rows, rank):
+def test_dr_grpo_divides_by_the_longest_rollout_of_its_mode(model_folder, reference_folder, rows,
+                                                            rank):
     """A step has one turn, however many an episode may take."""
-    losses = [our_update(model_folder, reference_folder, rows, Config(**SETTINGS, loss="dr_grpo", mode=mode))[0]["loss"]
+    losses = [our_update(model_folder, reference_folder, rows,
+                         Config(**SETTINGS, loss="dr_grpo", mode=mode))[0]["loss"]
               for mode in ("episode", "step")]
     assert losses[1] == pytest.approx(SETTINGS["max_turns"] * losses[0], rel=1e-5)
 
 
-def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_folder, rows, plain, rank):
-    updated = our_update(model_folder, reference_folder, rows, Config(**SETTINGS | {"max_grad_norm": 0.1}))
+def test_a_gap_that_is_no_number_shows(model_folder, rows, rank):
+    policy = load_policy(str(model_folder), shard=True)
+    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], 1)
+    batches[1].sampled_logps[batches[1].action_mask.nonzero(as_tuple=True)] = math.nan
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=LR)
+    metrics = update(policy, optimizer, batches, num_real, [None] * len(batches),
+                     Config(**SETTINGS | {"beta": 0.0}))
+    assert math.isnan(metrics["gap"]) and math.isfinite(metrics["loss"])
+
+
+def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_folder, rows, plain,
+                                                    rank):
+    updated = our_update(model_folder, reference_folder, rows,
+                         Config(**SETTINGS | {"max_grad_norm": 0.1}))
     assert_is_the_formula(updated, plain("grpo"), scale=0.1 / plain("grpo")[0]["grad_norm"])
 
 
@@ -219,20 +262,25 @@ def share_of_update(folder, reference_folder, shares, config):
     return our_update(folder, reference_folder, shares[dist.get_rank()], config)
 
 
-def test_two_ranks_with_unlike_shares_are_the_formula(model_folder, reference_folder, rows, plain, tmp_path):
+def test_two_ranks_with_unlike_shares_are_the_formula(model_folder, reference_folder, rows, plain,
+                                                      tmp_path):
     shares = rows[:6], rows[6:]  # six micro-batches beside two
-    for updated in on_ranks(2, tmp_path / "ranks", share_of_update, model_folder, reference_folder, shares,
+    for updated in on_ranks(2, tmp_path / "ranks", share_of_update, model_folder, reference_folder,
+                            shares,
                             Config(**SETTINGS, micro_batch_tokens=1)):
         assert_is_the_formula(updated, plain("grpo"))
 
 
-# ------------------------------------------------------------------------------------------------------------- a short run
+# ---- a short run ---------------------------------------------------------------------------------
 
 
 def run(out, tasks, **settings):
-    """train.py's main in this process: 2 steps of 4 prompts of 4 samples, with a checkpoint after each."""
-    config = Config(**{"output_dir": str(out), "tasks": str(tasks), "eval_tasks": "", "steps": 2, "prompts_per_step": 4,
-                       "group_size": 4, "max_turns": 2, "lr": 1e-3, "lr_decay": 1.0, "temperature": 0.8, "save_every": 1,
+    """train.py's main in this process: 2 steps of 4 prompts of 4 samples, with a checkpoint after
+    each."""
+    config = Config(**{"output_dir": str(out), "tasks": str(tasks), "eval_tasks": "", "steps": 2,
+                       "prompts_per_step": 4,
+                       "group_size": 4, "max_turns": 2, "lr": 1e-3, "lr_decay": 1.0,
+                       "temperature": 0.8, "save_every": 1,
                        "rollouts_every": 1, "search_cache": ""} | settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -241,6 +289,7 @@ def run(out, tasks, **settings):
         try:
             tasks, held_out, search = prepare(config)
             main(config, tasks, held_out, search, *load(config, tasks, held_out))
+            dist.destroy_process_group()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -249,12 +298,15 @@ def run(out, tasks, **settings):
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    """(config, folder): two tasks with the same question about different signs, so that each stands twice in a batch."""
+    """(config, folder): two tasks with the same question about different signs, so that each stands
+    twice in a batch."""
     folder = tmp_path_factory.mktemp("short")
     offline = ROOT / "data" / "offline"
     clear, dark = [json.loads((offline / "train.json").read_text())[i] for i in (0, 3)]
-    assert clear["question"] == dark["question"] and (clear["type"], dark["type"]) == (["none"], ["dark"])
-    tasks = [{key: str(offline / value) if key.endswith("_path") else value for key, value in task.items()}
+    assert clear["question"] == dark["question"]
+    assert (clear["type"], dark["type"]) == (["none"], ["dark"])
+    tasks = [{key: str(offline / value) if key.endswith("_path") else value
+              for key, value in task.items()}
              for task in (clear, dark)]
     (folder / "tasks.json").write_text(json.dumps(tasks))
     return run(folder / "run", folder / "tasks.json", seed=2), folder / "run"
@@ -270,30 +322,38 @@ def stopped(short_run, tmp_path):
 
 
 def rows_without_timings(path):
-    return [{key: value for key, value in json.loads(line).items() if not re.search("seconds|tokens_per_s", key)}
+    return [{key: value for key, value in json.loads(line).items()
+             if not re.search("seconds|tokens_per_s", key)}
             for line in path.read_text().splitlines()]
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_run(short_run, stopped):
     config, whole = short_run
     run(stopped, config.tasks, resume=True, seed=config.seed)
-    assert rows_without_timings(stopped / "metrics.jsonl") == rows_without_timings(whole / "metrics.jsonl")
+    resumed, alone = (rows_without_timings(run / "metrics.jsonl") for run in (stopped, whole))
+    assert resumed == alone
     for file in ("rollouts/step_2.jsonl", "model/model.safetensors"):  # bit for bit
         assert (stopped / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_sampled_and_scored_agree_at_a_temperature(short_run):
-    """Prompts with the same text and other images stand side by side; tools answer; the policy has learnt for a step."""
+    """Prompts with the same text and other images stand side by side; tools answer; the policy has
+    learnt for a step."""
     assert all(row["gap"] < 1e-4 for row in rows_without_timings(short_run[1] / "metrics.jsonl"))
 
 
 def test_a_weight_moves_as_far_as_the_learning_rate_in_the_log(short_run, rank):
-    """AdamW moves no weight by more than 1.002 times its rate in its second step, and one whose gradient is steady by it."""
+    """AdamW moves no weight by more than 1.002 times its rate in its second step, and one whose
+    gradient is steady by it."""
     policy = load_policy(str(ROOT / "data" / "model"), shard=True)
-    dcp.load({"model": get_model_state_dict(policy.model)}, checkpoint_id=short_run[1] / "checkpoint-1")  # in place
+    # In place
+    dcp.load({"model": get_model_state_dict(policy.model)},
+             checkpoint_id=short_run[1] / "checkpoint-1")
     after = dict(load_policy(str(short_run[1] / "model")).model.named_parameters())
-    moved = max((p.full_tensor() - after[name]).abs().max().item() for name, p in policy.model.named_parameters())
-    assert [row["lr"] for row in rows_without_timings(short_run[1] / "metrics.jsonl")] == [1e-3, 0.5e-3]
+    moved = max((p.full_tensor() - after[name]).abs().max().item()
+                for name, p in policy.model.named_parameters())
+    rows = rows_without_timings(short_run[1] / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == [1e-3, 0.5e-3]
     assert moved == pytest.approx(0.5e-3, rel=0.01)
 
 
@@ -302,7 +362,8 @@ def test_advantages_are_within_the_samples_of_one_prompt_even_where_prompts_are_
         rows = rows_without_timings(short_run[1] / "rollouts" / f"step_{step}.jsonl")
         groups = [rows[i:i + 4] for i in range(0, 16, 4)]
         assert sorted(len({row["id"] for row in group}) for group in groups) == [1] * 4
-        assert {row["question"] for row in rows} == {rows[0]["question"]} and len({row["id"] for row in rows}) == 2
+        assert {row["question"]
+                for row in rows} == {rows[0]["question"]} and len({row["id"] for row in rows}) == 2
         means = [statistics.mean(row["reward"] for row in group) for group in groups]
         assert len(set(means)) >= 3  # or groups that merge would not show
         for group, mean in zip(groups, means):
@@ -311,7 +372,7 @@ def test_advantages_are_within_the_samples_of_one_prompt_even_where_prompts_are_
                 [(row["reward"] - mean) / (std + 1e-4) for row in group], abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- prompts and seeds
+# ---- prompts and seeds ---------------------------------------------------------------------------
 
 
 def draw(seed):
@@ -333,7 +394,8 @@ def test_an_epoch_has_every_task_once_in_an_order_of_its_own_and_ranks_share_it(
     left, right = on_ranks(2, tmp_path / "two", draw, 0)
     assert [a + b for (a, _), (b, _) in zip(left, right)] == [prompts for prompts, _ in whole]
     assert {len(prompts) for prompts, _ in left + right} == {2}
-    assert len({number for _, number in left + right}) == 8  # no step and no rank repeats another's random numbers
+    # No step and no rank repeats another's random numbers
+    assert len({number for _, number in left + right}) == 8
 
 
 def test_another_seed_draws_other_prompts_and_other_numbers(rank):
