@@ -138,7 +138,22 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
     products = [event.input_shapes[0] for event in profile.events() if event.name == "aten::linear"]
     assert products == [[3, 5], [3, 5], [1, 5]] * 2  # logits of the forward pass; once more on the way back
     assert all([7, 11] not in event.input_shapes for event in profile.events())
-    assert kept == [(7, 5), (11, 5), (7,), (0,), (7,)]  # hidden, head, targets, suppressed, norms: none has N·V numbers
+    assert kept == [(7, 5), (11, 5), (7,), (0,)]  # hidden, head, targets, suppressed: none has N·V numbers
+
+
+def test_in_bfloat16_the_gradient_of_the_head_is_added_up_over_chunks_in_float32():
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2048, 16, generator=rng).bfloat16().requires_grad_()
+    lm_head = torch.randn(50, 16, generator=rng).bfloat16().requires_grad_()
+    targets, upstream = torch.randint(50, (2048,), generator=rng), torch.randn(2048, generator=rng)
+    errors = []
+    for chunk in (2048, 32):  # one product, and the sum of 64
+        gradients = []
+        for dtype in (torch.bfloat16, torch.float64):
+            logps, _ = token_logps(hidden.to(dtype), lm_head.to(dtype), targets, temperature=1.0, suppressed=NONE, chunk=chunk)
+            gradients.append(torch.autograd.grad((logps * upstream).sum(), lm_head)[0].double())
+        errors.append(((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item())
+    assert errors[0] < 0.005 and errors[1] < 1.1 * errors[0]  # added up in bfloat16, it would be twice as far off
 
 
 @pytest.mark.parametrize("chunk", [2, 7])
