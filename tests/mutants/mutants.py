@@ -53,7 +53,7 @@ MUTANTS = [
            "weights = weights * (i < num_real)", "weights = weights * (i >= 0)",
            [f"{UPDATE}::test_two_ranks_with_unlike_shares_are_the_formula"]),
     # ---- the loss
-    Mutant("kl_swapped", "the KL's arguments are swapped: drift is rewarded or punished under the wrong distribution", "grpo.py",
+    Mutant("kl_swapped", "the KL's arguments are swapped: drift is rewarded under the wrong distribution", "grpo.py",
            "kl = kl_k3(logps, ref_logps)", "kl = kl_k3(ref_logps, logps)", [f"{ENUMERATED}[grpo-on policy]"]),
     Mutant("k1_swapped", "the k1 estimate has the wrong sign: its expectation is minus the divergence", "grpo.py",
            "return logps - ref_logps", "return ref_logps - logps",
@@ -75,7 +75,7 @@ MUTANTS = [
            [f"{GRPO}::test_masked_tokens_get_a_gradient_of_exactly_zero"]),
     # ---- advantages
     Mutant("no_guard_for_zero_std", "no guard for a std of zero: a group of equal rewards gives NaN", "grpo.py",
-           "(std + 1e-4)", "std",
+           "centred / (std + 1e-4)", "centred / std",
            [f"{GRPO}::test_equal_rewards_get_exactly_zero"]),
     Mutant("flat_group_off_by_an_ulp", "equal rewards differ from their rounded mean, and the std blows it up", "grpo.py",
            "centred[all_equal] = 0.0", "pass",
