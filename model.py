@@ -29,8 +29,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -42,7 +40,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, set_model_state_dict)
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache,
     PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
@@ -335,21 +332,14 @@ def token_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[s
 
     Returns input_ids, attention_mask (B, T) and position_ids (3, B, T), all int64.
     """
-    ids, mask = _pad(policy, [s.ids for s in sequences], side)  # (B, T)
+    rows = {"input_ids": [s.ids for s in sequences]}
+    inputs = dict(policy.tokenizer.pad(rows, padding_side=side, return_tensors="pt"))  # (B, T)
+    is_image = inputs["input_ids"] == policy.image_id
     grids = [image.grid for s in sequences for image in s.images]
-    positions, _ = policy.model.model.get_rope_index(
-        ids, (ids == policy.image_id).int(), attention_mask=mask,
+    inputs["position_ids"], _ = policy.model.model.get_rope_index(
+        inputs["input_ids"], is_image.int(), attention_mask=inputs["attention_mask"],
         image_grid_thw=torch.tensor(grids) if grids else None)  # (3, B, T)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
-
-
-def _pad(policy: Policy, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-    """B rows of ids, padded, and their mask: 0 at padding. Two (B, T) int64 on the CPU."""
-    rows = [torch.tensor(ids) for ids in rows]
-    pad = partial(pad_sequence, batch_first=True, padding_side=side)
-    return (pad(rows, padding_value=policy.tokenizer.pad_token_id),
-            pad([torch.ones_like(ids) for ids in rows]))
 
 
 def image_inputs(policy: Policy, images: list[EncodedImage]) -> dict[str, Tensor]:
@@ -379,18 +369,16 @@ def _load_sharded(name: str, config: Qwen2_5_VLConfig,
     if isinstance(rest[0], ValueError):
         raise rest[0]
     buffers, generation_config = rest[0]
-    model = _empty_shards(config, device)
+    model = _empty_shards(config, device, buffers)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
-    for buffer_name, value in buffers.items():  # rotary frequencies are not in the state dict
-        model.get_buffer(buffer_name).copy_(value)
     model.generation_config = generation_config
     return model
 
 
-def _empty_shards(config: Qwen2_5_VLConfig,
-                  device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
-    """A model without values, sharded by FSDP2. No rank ever holds a whole one.
+def _empty_shards(config: Qwen2_5_VLConfig, device: torch.device,
+                  buffers: dict[str, Tensor]) -> Qwen2_5_VLForConditionalGeneration:
+    """A model sharded by FSDP2, whose parameters have no values yet. No rank holds a whole one.
 
     Units: each decoder layer, each vision block, the root with the rest (embeddings, merger, head).
     """
@@ -404,17 +392,16 @@ def _empty_shards(config: Qwen2_5_VLConfig,
         fully_shard(unit, **options)
     model.to_empty(device=device)
     model.tie_weights()  # to_empty separates tied parameters (3B: head = embedding)
+    for name, value in buffers.items():  # rotary frequencies are not in a state dict
+        model.get_buffer(name).copy_(value)
     return model
 
 
 def copy_policy(policy: Policy) -> Policy:
     """A second model with the present weights of a sharded one. Nothing is read or sent."""
-    model = _empty_shards(policy.model.config, policy.device)
-    with torch.no_grad():
-        for copy, original in zip(model.parameters(), policy.model.parameters(), strict=True):
-            copy.to_local().copy_(original.to_local())
-        for copy, original in zip(model.buffers(), policy.model.buffers(), strict=True):
-            copy.copy_(original)
+    buffers = dict(policy.model.named_buffers())
+    model = _empty_shards(policy.model.config, policy.device, buffers)
+    model.load_state_dict(policy.model.state_dict())
     return replace(policy, model=_set_up(model))
 
 
@@ -454,34 +441,35 @@ def sample(policy: Policy, sequences: list[Sequence], max_new_tokens: int, tempe
     fed = Counter() if fed is None else fed
     prompts = [prompt_of(policy, sequence) for sequence in sequences]
     cache, mask = _encode_prompts(policy, prompts, fed)
-    inputs, new_mask = _unseen_inputs(policy, sequences, prompts)
+    inputs = _unseen_inputs(policy, sequences, prompts)
     turns = [([], []) for _ in sequences]
-    rows = list(range(len(sequences)))  # of each row of the batch: which sequence it is
-    going = rows  # the rows of the batch whose turns have not ended
+    rows = turns  # the turns that the rows of the batch write
+    going = list(range(len(rows)))  # the rows whose turns have not ended
     for _ in range(max_new_tokens):
-        _count(fed, new_mask)
-        mask = torch.cat([mask, new_mask], dim=1)  # (B, S)
+        _count(fed, inputs["attention_mask"])
+        mask = torch.cat([mask, inputs.pop("attention_mask")], dim=1)  # (B, S)
         output = policy.model(**inputs, attention_mask=mask, past_key_values=cache,
                               logits_to_keep=1)
         ids, logps = draw(output.logits[:, -1], temperature, policy.suppressed)  # (B,)
         new_ids, new_logps = ids.tolist(), logps.tolist()
         for i in going:
-            turn_ids, turn_logps = turns[rows[i]]
+            turn_ids, turn_logps = rows[i]
             turn_ids.append(new_ids[i])
             turn_logps.append(new_logps[i])
         going = [i for i in going if new_ids[i] != policy.end_id]
         if not going or interrupted():
             break
         positions = inputs["position_ids"][:, :, -1:] + 1  # (3, B, 1)
-        if len(going) <= len(rows) / 2:  # not at each end: to leave is to copy the cache
+        if len(going) <= len(rows) / 2:  # not at each end of a turn: leaving copies the cache
             kept = torch.tensor(going, device=policy.device)
             cache.batch_select_indices(kept)
             mask, ids, positions = mask[kept], ids[kept], positions[:, kept]
             rows = [rows[i] for i in going]
             going = list(range(len(rows)))
-        inputs = {"input_ids": ids[:, None], "position_ids": positions}
-        new_mask = mask.new_zeros(len(rows), 1)
+        new_mask = mask.new_zeros(len(rows), 1)  # what rows are fed after their end is padding
         new_mask[going] = 1
+        inputs = {"input_ids": ids[:, None], "position_ids": positions,
+                  "attention_mask": new_mask}
     return turns
 
 
@@ -491,31 +479,30 @@ def _encode_prompts(policy: Policy, prompts: list[Prompt],
 
     Equal neighbours are encoded once.
     """
-    groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
-    beginnings = [Prompt(prompt.ids[:-1], prompt.images) for prompt, _ in groups]
-    inputs = model_inputs(policy, beginnings, "left")
+    groups, group_of = [], []  # group_of: the group of each prompt
+    for prompt in prompts:
+        beginning = Prompt(prompt.ids[:-1], prompt.images)
+        if not groups or beginning != groups[-1]:
+            groups.append(beginning)
+        group_of.append(len(groups) - 1)
+    inputs = model_inputs(policy, groups, "left")
     _count(fed, inputs["attention_mask"])
     cache = DynamicCache(config=policy.model.config)
     policy.model.model(**inputs, past_key_values=cache)
-    group_of = [g for g, (_, size) in enumerate(groups) for _ in range(size)]
-    group_of = torch.tensor(group_of, device=policy.device)  # (B,)
-    cache.batch_select_indices(group_of)
-    return cache, inputs["attention_mask"][group_of]
+    rows = torch.tensor(group_of, device=policy.device)  # (B,)
+    cache.batch_select_indices(rows)
+    return cache, inputs["attention_mask"][rows]
 
 
 def _unseen_inputs(policy: Policy, sequences: list[Sequence],
-                   prompts: list[Prompt]) -> tuple[dict[str, Tensor], Tensor]:
-    """What each sequence holds from the last token of its prompt on, padded on the left.
-
-    Returns the inputs, with the images behind the prompt, and their mask, (B, T) int64.
-    """
-    pairs = list(zip(sequences, prompts))
-    ids, mask = _pad(policy, [s.ids[len(p.ids) - 1:] for s, p in pairs], "left")  # (B, T)
-    positions = token_inputs(policy, sequences, "left")["position_ids"]
-    images = [image for s, p in pairs for image in s.images[len(p.images):]]
-    inputs = {"input_ids": ids.to(policy.device),
-              "position_ids": positions[:, :, -ids.shape[1]:]}  # (3, B, T)
-    return inputs | image_inputs(policy, images), mask.to(policy.device)
+                   prompts: list[Prompt]) -> dict[str, Tensor]:
+    """`model_inputs` of what each sequence holds from the last token of its prompt on."""
+    rests = [Prompt(s.ids[len(p.ids) - 1:], s.images[len(p.images):])
+             for s, p in zip(sequences, prompts)]
+    inputs = model_inputs(policy, rests, "left")
+    width = inputs["input_ids"].shape[1]
+    positions = token_inputs(policy, sequences, "left")["position_ids"]  # they count from the start
+    return inputs | {"position_ids": positions[:, :, -width:]}
 
 
 def _count(fed: Counter, mask: Tensor) -> None:

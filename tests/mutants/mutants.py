@@ -110,7 +110,7 @@ MUTANTS = [
            "    rollout.action_mask += [1] * len(ids)\n",
            [f"{ROLLOUT}::test_sampled_ids_are_kept_where_the_tokenizer_would_choose_others"]),
     Mutant("positions_1d", "positions are counted 1, 2, 3 across images: no error, only other logits", "model.py",
-           "(ids == policy.image_id).int(), attention_mask=mask,", "torch.zeros_like(ids).int(), attention_mask=mask,",
+           "is_image.int(),", "torch.zeros_like(is_image).int(),",
            [f"{MODEL}::test_positions_of_examples_worked_by_hand"]),
     Mutant("images_by_sample", "patches are cut by sample where they lie flat over the batch: images are dropped", "model.py",
            "images = [image for s in sequences for image in s.images]",
