@@ -36,6 +36,7 @@ from transformers.utils import logging as hf_logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import model as model_module  # noqa: E402
 import rollout as rollout_module  # noqa: E402
 from cost import Shape, forward_operations, step_operations  # noqa: E402
 from data.tasks import load_tasks  # noqa: E402
@@ -116,6 +117,11 @@ def hazard(chance, seed=0):
     return lambda step, rows: torch.rand(rows, generator=generator) < chance
 
 
+def every(length):
+    """All rows end together, at the last token of each turn."""
+    return lambda step, rows: torch.tensor((step + 1) % length == 0).expand(rows)
+
+
 def at(lengths):
     """Row i ends at its token number lengths[i]; one number stands for all rows."""
     return lambda step, rows: torch.as_tensor(lengths).expand(rows) == step + 1
@@ -124,18 +130,17 @@ def at(lengths):
 @contextlib.contextmanager
 def scripted(policy, make_due, kinds, num_rollouts):
     """Inside, turns end as make_due() says, turn n of a rollout is an action of kind kinds[n]; `seconds_now` is the clock."""
-    generate, parse, clock, due = policy.model.generate, rollout_module.parse_action, rollout_module.time, make_due()
+    draw, parse, clock = model_module.draw, rollout_module.parse_action, rollout_module.time
     script = iter([Action(kind, "7") for kind in kinds for _ in range(num_rollouts)])
+    ends = Ends(policy.end_id, make_due())
 
-    def forced(*args, logits_processor=(), **options):
-        return generate(*args, logits_processor=[Ends(policy.end_id, due), *logits_processor], **options)
-
-    policy.model.generate, rollout_module.parse_action = forced, lambda text: next(script)
+    model_module.draw = lambda logits, *args: draw(ends(None, logits), *args)
+    rollout_module.parse_action = lambda text: next(script)
     rollout_module.time = SimpleNamespace(perf_counter=seconds_now)
     try:
         yield
     finally:
-        policy.model.generate, rollout_module.parse_action, rollout_module.time = generate, parse, clock
+        model_module.draw, rollout_module.parse_action, rollout_module.time = draw, parse, clock
 
 
 class StubCode:
@@ -163,7 +168,7 @@ class Scenario:
     def due(self):
         if self.chance:
             return hazard(self.chance)
-        return at(self.new_tokens if len(self.kinds) > 1 else -1)
+        return every(self.new_tokens) if len(self.kinds) > 1 else at(-1)
 
 
 @dataclass
@@ -208,10 +213,10 @@ def plain_step(policy, optimizer, tasks, scenario, rollouts):
     limits = Limits(max_tokens=8192, max_new_tokens=1)
     prompts = [r for task in tasks for r in rollout_module._open(policy, task, limits, scenario.group_size, "short")]
     lengths = [sum(r.action_mask) for r in rollouts]
-    law = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths), eos_token_id=policy.end_id,
+    settings = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths), eos_token_id=policy.end_id,
                            pad_token_id=policy.tokenizer.pad_token_id)
     with torch.no_grad():
-        output = model.generate(**model_inputs(policy, prompts, "left"), generation_config=law,
+        output = model.generate(**model_inputs(policy, prompts, "left"), generation_config=settings,
                                 logits_processor=[Ends(policy.end_id, at(lengths))])
     clock.lap("generate")
     assert output.shape[0] == len(rollouts)
@@ -257,6 +262,7 @@ def compare(name, folder, scenarios, repeats, *, num_prompts=8, image_size=(112,
     """Yields a row of the table for each scenario."""
     policy, plain = load(folder), load_policy(folder)
     plain.suppressed = policy.suppressed
+    plain.model.generation_config = GenerationConfig()  # without the folder's own defaults
     ours_optimizer, plain_optimizer = adamw(policy), adamw(plain)
     reference = load(folder) if any(s.beta for s in scenarios) else None
     tasks = make_tasks(policy, num_prompts, image_size, words)
@@ -373,8 +379,8 @@ def bench_parts(args):
 def straight_logps(hidden, lm_head, targets, *, temperature, suppressed):
     """All logits at once; no entropy."""
     logits = torch.nn.functional.linear(hidden, lm_head).float() / temperature
-    law = torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1)  # (N, V)
-    return law.gather(1, targets[:, None]).squeeze(1), None
+    logps = torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1)  # (N, V)
+    return logps.gather(1, targets[:, None]).squeeze(1), None
 
 
 def score_once(way, dtype, file, tokens, width, vocabulary, threads):
@@ -500,6 +506,7 @@ def rollout_once(prompts):
 def bench_evaluate(args):
     """Greedy evaluation of one turn, files and scores included, over one bare `generate` of the same rows; tokens a second."""
     policy = load_policy(str(ROOT / "data/model"))
+    policy.model.generation_config = GenerationConfig()  # without the folder's own defaults
     tasks = load_tasks(ROOT / "data/offline/heldout.json")
     limits, rates, bare = Limits(1, 96, 512), [], []
     for _ in range(3 if args.quick else 6):  # the first is a warm-up
@@ -509,11 +516,11 @@ def bench_evaluate(args):
             seconds = seconds_now() - start
         start = seconds_now()
         prompts = [rollout_module._open(policy, task, limits, 1, "short")[0] for task in tasks]
-        law = GenerationConfig(do_sample=False, max_new_tokens=96, eos_token_id=policy.end_id,
+        settings = GenerationConfig(do_sample=False, max_new_tokens=96, eos_token_id=policy.end_id,
                                pad_token_id=policy.tokenizer.pad_token_id, suppress_tokens=policy.suppressed.tolist())
         with torch.no_grad():
             inputs = model_inputs(policy, prompts, "left")
-            new = policy.model.generate(**inputs, generation_config=law)[:, inputs["input_ids"].shape[1]:].tolist()
+            new = policy.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1]:].tolist()
         tokens = sum(ids.index(policy.end_id) + 1 if policy.end_id in ids else len(ids) for ids in new)
         rates.append(tokens / seconds)
         bare.append(tokens / (seconds_now() - start))
