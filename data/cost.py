@@ -169,7 +169,8 @@ def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch
             "cache": cache_bytes(config, 1, min(kept, batch_tokens)),
             "layer": 2 * BF16 * (2 * layer_weights(text) + tables),  # two layers (one is prefetched), the tables; gradients
             "activations": activations + layers * packed_bytes(config, shape, micro_batch_tokens),
-            "logits": chunk * text.vocab_size * (FP32 + BF16)}
+            # Of a chunk, with the gradient of the head: added up in fp32, each chunk's product in bf16.
+            "logits": (chunk + text.hidden_size) * text.vocab_size * (FP32 + BF16)}
 
 
 ROLLOUT, UPDATE = ("copy", "cache"), ("layer", "activations", "logits")
