@@ -387,7 +387,8 @@ def _empty_shards(config: Qwen2_5_VLConfig, device: torch.device,
     options = {}
     if device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+            cast_forward_inputs=False)  # or cosines in the vision tower are rounded to bf16
     for unit in [*model.model.language_model.layers, *model.model.visual.blocks, model]:
         fully_shard(unit, **options)
     model.to_empty(device=device)

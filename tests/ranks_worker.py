@@ -8,12 +8,14 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 
 from model import copy_policy, export, gathered, load_policy, sample, score  # noqa: E402
 from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
@@ -113,6 +115,34 @@ def step(folder, reference, rows, optimizer, micro_batch_tokens, loss="grpo"):
                     "moved": {name: after[name] - before[name] for name in after}}
 
 
+def in_bfloat16(folder, frozen_head=False):
+    """Sharded and computing in bf16, as on GPUs, beside a whole copy in fp32.
+
+    Log-probs of one batch, and by how much each gradient is off.
+    """
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                                cast_forward_inputs=False)
+    with patch("model.fully_shard", lambda unit, **_: fully_shard(unit, mp_policy=half)):
+        sharded = load_policy(folder, shard=True)
+    whole = load_policy(folder)
+    shown = task(0, "Why?", Image.new("RGB", (84, 84), (90, 200, 30)))
+    recorded = replay(whole, lambda _: CHAIN[-1:])
+    batch = collate(whole, roll_out(whole, [shown], Tools(), LIMITS, sampler=recorded)[0], [0.0])
+    logps, gradients = [], []
+    for policy in (sharded, whole):
+        policy.model.lm_head.weight.requires_grad_(not frozen_head)
+        values, _ = score(policy, batch, 1.0)
+        values.sum().backward()
+        logps.append(values.detach())
+        named = policy.model.named_parameters()
+        gradients.append({name: whole_tensor(p.grad) for name, p in named if p.grad is not None})
+    ours, expected = gradients
+    assert ours.keys() == expected.keys()
+    return {"logps": logps, "dtypes": {g.dtype for g in ours.values()},
+            "off": {name: ((ours[name] - expected[name]).norm() / expected[name].norm()).item()
+                    for name in expected if expected[name].any()}}
+
+
 def main(model, reference, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -154,6 +184,9 @@ def main(model, reference, out):
     keep("copy", {"weights": weights(copy), "here": here(copy), "logps": logps})
     export(policy, Path(out) / f"exported-{dist.get_world_size()}")
     dist.barrier()
+    keep("bfloat16_tied", in_bfloat16(model))
+    keep("bfloat16_untied", in_bfloat16(reference))
+    keep("bfloat16_frozen_head", in_bfloat16(reference, frozen_head=True))
     if dist.get_world_size() == 2:
         keep("sample", sample_and_score(model, whole))
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import environments_of_ranks, start_script
 from safetensors.torch import load_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from make_model import make_model
@@ -16,9 +17,14 @@ TIMEOUT = 150  # seconds; the ranks themselves give up after a minute without an
 
 @pytest.fixture(scope="module")
 def reference_folder(tmp_path_factory, policy):
-    """Another model with the same tokenizer, so that the KL is not 0."""
+    """Another model with the same tokenizer, so that the KL is not 0; its head is not tied."""
     folder = tmp_path_factory.mktemp("reference")
-    for part in (make_model(policy.tokenizer, seed=1), policy.tokenizer, Qwen2VLImageProcessorPil()):
+    tied = make_model(policy.tokenizer, seed=1)
+    config = tied.config
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.load_state_dict(tied.state_dict())
+    for part in (model, policy.tokenizer, Qwen2VLImageProcessorPil()):
         part.save_pretrained(folder)
     return folder
 
@@ -174,3 +180,13 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, size,
     seen = ranks("not_finite", size, rank)
     assert (seen["metrics"]["skipped"], seen["state"]) == (1, 0) and ranks("adamw", size, rank)["metrics"]["skipped"] == 0
     assert not any(moved.any() for moved in seen["moved"].values())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("head", ["tied", "untied", "frozen_head"])
+def test_shards_that_compute_in_bfloat16_score_and_learn_as_a_whole_model_does(ranks, size, head):
+    seen = ranks(f"bfloat16_{head}", size, size - 1)
+    torch.testing.assert_close(*seen["logps"], atol=0.1, rtol=0)  # bf16 keeps 8 bits
+    assert seen["dtypes"] == {torch.float32}
+    assert ("lm_head.weight" in seen["off"]) == (head == "untied")
+    assert all(off < 0.03 for name, off in seen["off"].items() if "head" in name or "embed" in name)
