@@ -50,11 +50,10 @@ def token_logps(hidden: Tensor, lm_head: Tensor, targets: Tensor, *, temperature
                 suppressed: Tensor, chunk: int = 256) -> tuple[Tensor, Tensor]:
     """Log-prob of each target, and the entropy of the distribution there (without a gradient).
 
-    hidden (N, H), lm_head (V, H), targets (N,) int64. suppressed (S,) int64: ids that are never
-    sampled; they are taken out of the softmax here too, so that tokens are scored under the
-    distribution that they were sampled from. Returns two (N,) tensors in nats, float32 (float64 for
-    float64). At most chunk·V logits exist at a time, never N·V: the backward pass computes them
-    again.
+    hidden (N, H), lm_head (V, H), targets (N,) int64. suppressed: int64 ids that are never sampled.
+    They are taken out of the softmax here too, so that tokens are scored under the distribution
+    that they were sampled from. Returns two (N,) tensors in nats, float32 (float64 for float64).
+    At most chunk·V logits exist at a time, never N·V: the backward pass computes them again.
     """
     return _TokenLogps.apply(hidden, lm_head, targets, temperature, suppressed, chunk)
 

@@ -85,7 +85,7 @@ class Policy:
     device: torch.device
     end_id: int = field(init=False)  # <|im_end|>: ends a turn; sampled and trained on
     image_id: int = field(init=False)  # <|image_pad|>: one for each image token
-    suppressed: Tensor = field(init=False)  # (S,) int64 ids that are neither sampled nor scored
+    suppressed: Tensor = field(init=False)  # int64 ids that are neither sampled nor scored
     images: dict = field(default_factory=dict)  # path -> (picture, EncodedImage), read once a run
 
     def __post_init__(self):
@@ -147,8 +147,7 @@ def check_model(name: str) -> None:
     """ValueError, within milliseconds, if `name` is a folder without a model. Hub names pass."""
     folder = Path(name)
     if not folder.is_dir():
-        is_path = name.startswith((".", "/")) or name.count("/") != 1 or folder.parent.is_dir()
-        if is_path:
+        if name.startswith((".", "/")) or name.count("/") != 1 or folder.parent.is_dir():
             raise ValueError(f"--model {name}: no such folder (and not a hub name like "
                              "Qwen/Qwen2.5-VL-3B-Instruct)")
         return
@@ -174,7 +173,7 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
     """
     check_model(name)
     device = device or pick_device()[0]
-    config = _read(AutoConfig.from_pretrained, name)
+    config = _read(AutoConfig.from_pretrained, name, trust_remote_code=False)
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"--model {name}: model_type is {config.model_type!r}, "
                          "this code trains 'qwen2_5_vl'")
@@ -194,8 +193,8 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = _read_model(name, dtype).to(device)
     if gradient_checkpointing:
-        options = {"use_reentrant": False}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(_set_up(model), tokenizer, image_processor, device)
     _check_prompts(policy, name)
     return policy
@@ -536,8 +535,8 @@ def draw(logits: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor
 class PackedRow(Protocol):
     """B sequences in one row of N tokens, without padding; `rollout.Batch` is one.
 
-    `prompt | sample | … | sample | prompt | …`. T is the longest sample: entry [b, t] of a (B, T)
-    tensor belongs to token t behind the prompt of sequence b.
+    The row is `prompt | sample | … | sample | prompt | …`. T is the longest sample: entry [b, t]
+    of a (B, T) tensor belongs to token t behind the prompt of sequence b.
     """
     inputs: dict[str, Tensor]  # input_ids (1, N), position_ids (3, 1, N), images
     segments: Segments
@@ -559,7 +558,7 @@ def _action_logps(model, row, temperature, suppressed):
     mask = row.action_mask
     unused = 0.0
     if "pixel_values" not in row.inputs:
-        unused = 0 * _blank_features(model.model.visual, mask.device)
+        unused = 0 * _blank_features(model.model.visual)
     # The segments say who sees whom; given a dict, transformers makes no mask of its own.
     output = model.model(**row.inputs, attention_mask={"full_attention": None},
                          segments=row.segments, use_cache=False)
@@ -573,7 +572,7 @@ def _action_logps(model, row, temperature, suppressed):
     return tuple(empty.masked_scatter(mask, v) for v in values)  # (B, T)
 
 
-def _blank_features(visual, device: torch.device) -> Tensor:
+def _blank_features(visual) -> Tensor:
     """A pass over one blank image, for a batch without images.
 
     The vision blocks are gathered by all ranks, so each must run them, and in the same order:
@@ -581,8 +580,9 @@ def _blank_features(visual, device: torch.device) -> Tensor:
     """
     embed = visual.patch_embed
     size = embed.in_channels * embed.temporal_patch_size * embed.patch_size**2
-    patches = torch.zeros(4, size, dtype=visual.dtype, device=device)
-    return visual(patches, grid_thw=torch.tensor([[1, 2, 2]], device=device)).pooler_output.sum()
+    patches = torch.zeros(4, size, dtype=visual.dtype, device=visual.device)
+    grid = torch.tensor([[1, 2, 2]], device=visual.device)
+    return visual(patches, grid_thw=grid).pooler_output.sum()
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, segments=None, **kwargs):
