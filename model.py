@@ -23,6 +23,7 @@ Left out on purpose: other model families, video, LoRA, quantisation, inference 
 Legend: P prompts, G samples a prompt, B rollouts, T tokens, S tokens in the cache, V vocabulary,
 H hidden size, N tokens of a packed row.
 """
+import math
 import os
 import types
 from collections import Counter
@@ -121,8 +122,9 @@ def start_ranks() -> None:
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     if device.type == "cpu":  # more threads than cores slow all ranks down
-        has_affinity = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -130,7 +132,7 @@ def gather(rows: list) -> list:
     """The rows of all ranks, in the order of the ranks, on every rank."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    return sum(parts, [])
 
 
 def all_reduce(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, float]:
@@ -278,8 +280,7 @@ def encode_image(policy: Policy, image: Image.Image) -> EncodedImage:
 
 def image_tokens(policy: Policy, image: EncodedImage) -> int:
     """Number of `<|image_pad|>` of an image: its patches over the merge size squared (4)."""
-    time, height, width = image.grid
-    return time * height * width // policy.image_processor.merge_size**2
+    return math.prod(image.grid) // policy.image_processor.merge_size**2
 
 
 def encode_prompt(policy: Policy, text: str, image: EncodedImage | None) -> list[int]:
@@ -332,13 +333,13 @@ def token_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[s
     Returns input_ids, attention_mask (B, T) and position_ids (3, B, T), all int64.
     """
     rows = {"input_ids": [s.ids for s in sequences]}
-    inputs = dict(policy.tokenizer.pad(rows, padding_side=side, return_tensors="pt"))  # (B, T)
+    inputs = policy.tokenizer.pad(rows, padding_side=side, return_tensors="pt")  # (B, T)
     is_image = inputs["input_ids"] == policy.image_id
     grids = [image.grid for s in sequences for image in s.images]
     inputs["position_ids"], _ = policy.model.model.get_rope_index(
         inputs["input_ids"], is_image.int(), attention_mask=inputs["attention_mask"],
         image_grid_thw=torch.tensor(grids) if grids else None)  # (3, B, T)
-    return {name: tensor.to(policy.device) for name, tensor in inputs.items()}
+    return dict(inputs.to(policy.device))
 
 
 def image_inputs(policy: Policy, images: list[EncodedImage]) -> dict[str, Tensor]:
@@ -553,7 +554,8 @@ def score(policy: Policy, row: PackedRow, temperature: float) -> tuple[Tensor, T
     return policy.model.action_logps(row, temperature, policy.suppressed)
 
 
-def _action_logps(model, row, temperature, suppressed):
+def _action_logps(model: Qwen2_5_VLForConditionalGeneration, row: PackedRow, temperature: float,
+                  suppressed: Tensor) -> tuple[Tensor, Tensor]:
     """`score`, as a method of the model."""
     mask = row.action_mask
     unused = 0.0
@@ -572,7 +574,7 @@ def _action_logps(model, row, temperature, suppressed):
     return tuple(empty.masked_scatter(mask, v) for v in values)  # (B, T)
 
 
-def _blank_features(visual) -> Tensor:
+def _blank_features(visual: torch.nn.Module) -> Tensor:
     """A pass over one blank image, for a batch without images.
 
     The vision blocks are gathered by all ranks, so each must run them, and in the same order:
