@@ -97,9 +97,9 @@ def random_case(num_tokens=7, vocabulary=11, width=5):
 
 def plain_logps(hidden, lm_head, targets, temperature, kept):
     """The same by slicing: only the kept rows of the head take part."""
-    law = torch.log_softmax(hidden @ lm_head[kept].T / temperature, dim=1)
-    return law[torch.arange(len(targets)),
-               torch.tensor([kept.index(t) for t in targets.tolist()])], law
+    log_probs = torch.log_softmax(hidden @ lm_head[kept].T / temperature, dim=1)
+    return log_probs[torch.arange(len(targets)),
+               torch.tensor([kept.index(t) for t in targets.tolist()])], log_probs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
@@ -110,12 +110,12 @@ def test_logps_and_gradients_are_those_of_a_softmax_over_the_kept_ids_at_the_tem
     kept = [i for i in range(11) if i not in suppressed]
     logps, entropy = token_logps(hidden, lm_head, targets, temperature=temperature,
                                  suppressed=torch.tensor(suppressed, dtype=torch.int64), chunk=3)
-    expected, law = plain_logps(hidden, lm_head, targets, temperature, kept)
+    expected, log_probs = plain_logps(hidden, lm_head, targets, temperature, kept)
     upstream = torch.linspace(-1, 1, 7, dtype=torch.float64)
     got = torch.autograd.grad((logps * upstream).sum(), (hidden, lm_head))
     wanted = torch.autograd.grad((expected * upstream).sum(), (hidden, lm_head))
     assert torch.allclose(logps, expected, atol=1e-12)
-    assert torch.allclose(entropy, -(law.exp() * law).sum(dim=1), atol=1e-12)
+    assert torch.allclose(entropy, -(log_probs.exp() * log_probs).sum(dim=1), atol=1e-12)
     for a, b in zip(got, wanted):
         assert torch.allclose(a, b, atol=1e-12)
     assert got[1][suppressed].abs().sum() == 0
@@ -188,10 +188,10 @@ def test_the_gradients_are_those_of_finite_differences(chunk):
 def test_a_head_that_is_also_the_embedding_gets_both_gradients():
     _, head, targets = random_case()
     results = []
-    for law in (
+    for log_probs in (
         lambda h: token_logps(h, head, targets, temperature=1.0, suppressed=NONE, chunk=2)[0],
         lambda h: torch.log_softmax(h @ head.T, dim=1).gather(1, targets[:, None])[:, 0]):
-        results.append(torch.autograd.grad(law(head[targets.roll(1)].sin()).sum(), head)[0])
+        results.append(torch.autograd.grad(log_probs(head[targets.roll(1)].sin()).sum(), head)[0])
     assert torch.allclose(*results, atol=1e-12)  # float64
 
 
@@ -214,7 +214,7 @@ def test_no_tokens_give_empty_results_that_can_be_differentiated():
     ([math.log(9), 0.0, -1e4, -1e4], 1.0, [], 0.325083),  # 0.9 and 0.1
     ([math.log(9), 0.0, -1e4, -1e4], 2.0, [], 0.562335),  # the same flattened to 0.75 and 0.25
 ])
-def test_entropy_is_that_of_the_law_that_is_sampled(logits, temperature, suppressed, expected):
+def test_entropy_is_that_of_the_distribution_that_is_sampled(logits, temperature, suppressed, expected):
     _, entropy = token_logps(
         torch.ones(1, 1), torch.tensor(logits)[:, None], torch.tensor([3]), temperature=temperature,
         suppressed=torch.tensor(suppressed, dtype=torch.int64))
@@ -354,12 +354,12 @@ def test_kl_and_clipped_share_are_weighted_as_the_loss():
     assert loss.item() == pytest.approx(-(0.5 * 1.2 + 0.25 + 0.25) + 0.04 * kl, abs=1e-5)
 
 
-def sequence_logps(laws):
+def sequence_logps(log_probs):
     """Log-probs (9, 2) of the nine sequences of two tokens out of three.
 
-    laws (4, 3): first token, next after 0, 1, 2.
+    log_probs (4, 3): first token, next after 0, 1, 2.
     """
-    return torch.stack([torch.stack([laws[0, a], laws[1 + a, b]])
+    return torch.stack([torch.stack([log_probs[0, a], log_probs[1 + a, b]])
                         for a, b in itertools.product(range(3), repeat=2)])
 
 
@@ -371,14 +371,14 @@ def test_the_gradient_is_that_of_the_enumerated_objective(beta):
     # weighted as visited: sum p (1 - q/p) dlog p = -sum q dlog p.
     rng = torch.Generator().manual_seed(1)
     table = torch.randn(4, 3, generator=rng, dtype=torch.float64, requires_grad=True)
-    laws, reference = table.log_softmax(dim=1), torch.randn(4, 3, generator=rng,
+    log_probs, reference = table.log_softmax(dim=1), torch.randn(4, 3, generator=rng,
                                                             dtype=torch.float64).log_softmax(dim=1)
-    logps = sequence_logps(laws)
+    logps = sequence_logps(log_probs)
     rewards = torch.tensor([1.0, 0.0, 0.3, 0.0, -0.5, 2.0, 0.0, 0.7, 0.1], dtype=torch.float64)
     chance = logps.sum(dim=1).exp()  # (9,)
     # (4,) of the empty prefix and of the three others
-    visits = torch.cat([torch.ones(1), laws[0].detach().exp()])
-    divergence = (reference.exp() * (reference - laws)).sum(dim=1)  # (4,)
+    visits = torch.cat([torch.ones(1), log_probs[0].detach().exp()])
+    divergence = (reference.exp() * (reference - log_probs)).sum(dim=1)  # (4,)
     objective = (chance * rewards).sum() - beta * (visits * divergence).sum()
     (wanted,) = torch.autograd.grad(-objective, table, retain_graph=True)
 
@@ -399,7 +399,7 @@ def test_raising_the_log_prob_of_a_rewarded_token_lowers_the_loss():
 
 
 def test_descent_raises_good_tokens_and_lowers_bad_ones():
-    # two rollouts of one token, each with its own law
+    # two rollouts of one token, each with its own distribution
     table = torch.zeros(2, 3, requires_grad=True)
     logps = torch.log_softmax(table, dim=1)[:, :1]
     policy_loss(logps, torch.tensor([1.0, -1.0]), torch.full((2, 1), 0.5))[0].backward()

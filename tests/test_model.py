@@ -1,4 +1,4 @@
-"""The model behind the policy: the hub's files, the prompt's ids, positions, and one law for sampling and scoring.
+"""The model behind the policy: the hub's files, the prompt's ids, positions, and one distribution for both.
 
 Everything is compared with `Qwen2_5_VLForConditionalGeneration` used plainly: one sequence at a time, no padding, positions
 made by Hugging Face itself from `mm_token_type_ids`.
@@ -153,7 +153,7 @@ def plain_logits(model, row):
                  **vision).logits[0]
 
 
-def plain_law(model, row, temperature=1.0):
+def plain_log_probs(model, row, temperature=1.0):
     """Log-probs (T, V) of the next token after each, specials left out."""
     logits = plain_logits(model, row) / temperature
     logits[:, SUPPRESSED] = -torch.inf
@@ -629,13 +629,13 @@ def test_positions_in_a_batch_are_those_of_the_sequence_alone(hub, plain, rows, 
 @pytest.mark.parametrize("names",
                          [["text"], ["image"], ["images"], ["long", "image", "text", "images",
                                                             "text"]], ids="+".join)
-def test_tokens_are_sampled_from_the_law_of_the_plain_model(hub, plain, rows, names, temperature):
+def test_tokens_are_sampled_from_the_distribution_of_the_plain_model(hub, plain, rows, names, temperature):
     torch.manual_seed(0)
     batch = [rows[name] for name in names]
     for row, (ids, logps) in zip(batch, sample(hub, batch, 8, temperature),
                                  strict=True):
-        law = plain_law(plain, Row(row.ids + ids, row.images), temperature)
-        expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+        log_probs = plain_log_probs(plain, Row(row.ids + ids, row.images), temperature)
+        expected = log_probs[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
         assert len(ids) == len(logps) == 8 or ids[-1] == END
         assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
 
@@ -647,7 +647,7 @@ def test_samples_are_as_frequent_as_they_are_probable(hub, plain, rows, temperat
     torch.manual_seed(0)
     row, count = rows["text"], 1000
     drawn = [ids[0] for ids, _ in sample(hub, [row] * count, 1, temperature)]
-    chances, order = plain_law(plain, row, temperature)[-1].exp().sort(descending=True)
+    chances, order = plain_log_probs(plain, row, temperature)[-1].exp().sort(descending=True)
     # the likeliest first
     group_of = torch.bucketize(chances.cumsum(0), torch.tensor([0.25, 0.5, 0.75, 0.95]))
     for group in range(5):
@@ -670,9 +670,9 @@ def test_samples_of_one_prompt_differ_and_a_seed_repeats_them(hub, rows):
 
 def test_temperature_zero_takes_the_likeliest_token_and_reports_log_probs_at_one(hub, plain, rows):
     for row, (ids, logps) in zip(rows.values(), sample(hub, [*rows.values()], 6, 0.0)):
-        law = plain_law(plain, Row(row.ids + ids, row.images))[len(row.ids) - 1:-1]
-        assert law.argmax(dim=1).tolist() == ids
-        assert torch.allclose(torch.tensor(logps), law.max(dim=1).values, atol=TOLERANCE)
+        log_probs = plain_log_probs(plain, Row(row.ids + ids, row.images))[len(row.ids) - 1:-1]
+        assert log_probs.argmax(dim=1).tolist() == ids
+        assert torch.allclose(torch.tensor(logps), log_probs.max(dim=1).values, atol=TOLERANCE)
 
 
 def test_a_row_is_sampled_among_others_as_alone(hub, rows):
@@ -718,14 +718,14 @@ def test_a_row_ends_with_its_end_token_while_others_go_on(biased, rows):
     for row, (ids, logps) in zip([rows["text"], rows["image"]] * 8, results):
         assert END not in ids[:-1] and PAD not in ids
         assert ids[-1] == END or len(ids) == 10
-        law = plain_law(biased.model, Row(row.ids + ids, row.images))
-        expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+        log_probs = plain_log_probs(biased.model, Row(row.ids + ids, row.images))
+        expected = log_probs[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
         # the end token's own among them
         assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
 
 
 class Growing(SimpleNamespace):
-    """A sequence that is appended to between turns; `law` is that of the plain model for all it
+    """A sequence that is appended to between turns; `log_probs` is that of the plain model for all it
     holds.
     """
 
@@ -739,7 +739,7 @@ class Growing(SimpleNamespace):
 @pytest.mark.parametrize("end_bias", [0.0, 5.0])  # the same length for all, or ragged
 def test_turns_are_sampled_as_from_the_whole_sequence(biased, rows, end_bias, monkeypatch):
     """Three turns of two groups with observations of unlike lengths, new images, rows that leave for good, and rows that
-    leave until their next turn: sampled from the law that a full encoding gives. Logits to 1e-4."""
+    leave until their next turn: sampled from the distribution that a full encoding gives. Logits to 1e-4."""
     policy, plain, sizes = biased, biased.model, []
     monkeypatch.setattr("model.draw", lambda logits, *args: sizes.append(len(logits))
                         or draw(logits, *args))
@@ -752,8 +752,8 @@ def test_turns_are_sampled_as_from_the_whole_sequence(biased, rows, end_bias, mo
     for turn in range(3):
         for i, (row, (ids, logps)) in enumerate(zip(live, sample(policy, live, 9, 1.0),
                                                     strict=True)):
-            law = plain_law(plain, Row(row.ids + ids, row.images))
-            expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+            log_probs = plain_log_probs(plain, Row(row.ids + ids, row.images))
+            expected = log_probs[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
             assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
             checked += len(ids)
             image = new_images[i % 3] if (i + turn) % 2 else None
@@ -774,8 +774,8 @@ def test_prompts_of_equal_text_but_other_images_are_sampled_apart(hub, plain):
     assert live[0].ids == live[1].ids
     torch.manual_seed(0)
     for row, (ids, logps) in zip(live, sample(hub, live, 5, 1.0), strict=True):
-        law = plain_law(plain, Row(row.ids + ids, row.images))
-        expected = law[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
+        log_probs = plain_log_probs(plain, Row(row.ids + ids, row.images))
+        expected = log_probs[torch.arange(len(ids)) + len(row.ids) - 1, torch.tensor(ids)]
         assert torch.allclose(torch.tensor(logps), expected, atol=TOLERANCE)
 
 
@@ -860,11 +860,11 @@ def test_scores_are_the_log_probs_of_the_plain_model(hub, plain, rows, names, te
         mask.shape, mask.shape, torch.float32, torch.float32)
     assert logps[~mask].count_nonzero() == entropy[~mask].count_nonzero() == 0
     for b, each in enumerate(batch):
-        law = plain_law(plain, each, temperature)[:-1]
+        log_probs = plain_log_probs(plain, each, temperature)[:-1]
         chosen = mask[b, :len(each.ids) - 2]  # the first token that is scored is the third
         assert chosen.sum() > 5
-        expected = law.gather(1, torch.tensor(each.ids)[1:, None])[1:, 0][chosen]
-        surprise = -(law.exp() * law.clamp(min=-1e9)).sum(dim=1)[1:][chosen]
+        expected = log_probs.gather(1, torch.tensor(each.ids)[1:, None])[1:, 0][chosen]
+        surprise = -(log_probs.exp() * log_probs.clamp(min=-1e9)).sum(dim=1)[1:][chosen]
         # fp32; down to -30
         assert torch.allclose(logps[b, :len(each.ids) - 2][chosen], expected, atol=1e-5, rtol=1e-5)
         assert torch.allclose(entropy[b, :len(each.ids) - 2][chosen], surprise, atol=1e-5,
@@ -905,9 +905,9 @@ def plain_gradient(model, batch, masks):
             "image_grid_thw": torch.tensor([i.grid for i in row.images]),
             "mm_token_type_ids": (ids == IMAGE).int()}
         # 0 to 790: an id is its own place
-        law = model(input_ids=ids, **vision).logits[0, :-1, kept].log_softmax(dim=1)
+        log_probs = model(input_ids=ids, **vision).logits[0, :-1, kept].log_softmax(dim=1)
         chosen = torch.tensor(mask[1:]).bool()
-        law[chosen].gather(1, ids[0, 1:][chosen, None]).sum().backward()
+        log_probs[chosen].gather(1, ids[0, 1:][chosen, None]).sum().backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
