@@ -725,9 +725,7 @@ def test_a_row_ends_with_its_end_token_while_others_go_on(biased, rows):
 
 
 class Growing(SimpleNamespace):
-    """A sequence that is appended to between turns; `log_probs` is that of the plain model for all it
-    holds.
-    """
+    """A sequence that is appended to between turns."""
 
     def __init__(self, row):
         super().__init__(ids=list(row.ids), images=list(row.images), action_mask=[0] * len(row.ids))
