@@ -36,32 +36,40 @@ from transformers.utils import logging as hf_logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import model as model_module  # noqa: E402
 import rollout as rollout_module  # noqa: E402
 from cost import Shape, forward_operations, step_operations  # noqa: E402
 from data.tasks import load_tasks  # noqa: E402
 from evaluate import evaluate_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
-from model import EncodedImage, gathered, load_policy, model_inputs, score, start_ranks  # noqa: E402
+# noqa: E402
+from model import EncodedImage, gathered, load_policy, model_inputs, score, start_ranks
 from rollout import Limits, Rollout, Tools, collate, roll_out  # noqa: E402
 from tools import Action, ToolResult  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
 
-VISION = dict(depth=4, hidden_size=256, intermediate_size=768, num_heads=4, window_size=112, fullatt_block_indexes=[3])
-MIDDLE = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
-              num_key_value_heads=2, mrope=[8, 12, 12])
-SLICE_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=2, num_attention_heads=16,
-                num_key_value_heads=2, mrope=[16, 24, 24])
+VISION = dict(depth=4, hidden_size=256, intermediate_size=768, num_heads=4, window_size=112,
+              fullatt_block_indexes=[3])
+MIDDLE = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8,
+              num_attention_heads=8, num_key_value_heads=2, mrope=[8, 12, 12])
+SLICE_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=2,
+                num_attention_heads=16, num_key_value_heads=2, mrope=[16, 24, 24])
 REWARDS = torch.tensor([1.0, 0.0, 2.0, 0.5])  # of the samples of every prompt, again and again
 
 
 def seconds_now():
-    """Of the clock on the wall; with one thread those that this process was given, whatever else runs."""
+    """Of the clock on the wall; with one thread those that this process was given, whatever else
+    runs.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-# ------------------------------------------------------------------------------------------------------ models and tasks
+# --------------------------------------------------------------------------------- models and tasks
 def make_folder(folder, shape, vision):
-    """A Qwen2.5-VL with random weights in the hub's layout, with the tokenizer of data/model. Returns the folder's name."""
+    """A Qwen2.5-VL with random weights in the hub's layout, with the tokenizer of data/model.
+
+    Returns the folder's name.
+    """
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/model")
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end")}
@@ -79,7 +87,10 @@ def make_folder(folder, shape, vision):
 
 
 def load(folder):
-    """Sharded, as train.py loads it. The rows beyond the small tokenizer stand for a large vocabulary: they are sampled too."""
+    """Sharded, as train.py loads it.
+
+    The rows beyond the small tokenizer stand for a large vocabulary: they are sampled too.
+    """
     policy = load_policy(folder, shard=True)
     policy.suppressed = policy.suppressed[policy.suppressed < len(policy.tokenizer)]
     return policy
@@ -88,15 +99,18 @@ def load(folder):
 def make_tasks(policy, num, image_size, words):
     """num questions of so many words, each about an image of noise of its own."""
     rng = random.Random(0)
-    pictures = [Image.frombytes("RGB", image_size, rng.randbytes(3 * image_size[0] * image_size[1])) for _ in range(num)]
+    pictures = [Image.frombytes("RGB", image_size, rng.randbytes(3 * image_size[0] * image_size[1]))
+                for _ in range(num)]
     known = ["What", "character", "is", "on", "the", "sign", "image", "of"]
-    return [{"id": i, "family": "coding", "question": " ".join(rng.choices(known, k=words)), "answers": ["7"],
-             "image": pictures[i], "type": []} for i in range(num)]
+    return [{"id": i, "family": "coding", "question": " ".join(rng.choices(known, k=words)),
+             "answers": ["7"], "image": pictures[i], "type": []} for i in range(num)]
 
 
-# -------------------------------------------------------------------------------------------------------- forced lengths
+# ----------------------------------------------------------------------------------- forced lengths
 class Ends(LogitsProcessor):
-    """The end token by decree: due(step) -> (rows,) bool, True where it must come now; elsewhere it may not."""
+    """The end token by decree: due(step) -> (rows,) bool, True where it must come now; elsewhere it
+    may not.
+    """
 
     def __init__(self, end_id, due):
         self.end_id, self.due, self.step = end_id, due, 0
@@ -116,6 +130,11 @@ def hazard(chance, seed=0):
     return lambda step, rows: torch.rand(rows, generator=generator) < chance
 
 
+def every(length):
+    """All rows end together, at the last token of each turn."""
+    return lambda step, rows: torch.tensor((step + 1) % length == 0).expand(rows)
+
+
 def at(lengths):
     """Row i ends at its token number lengths[i]; one number stands for all rows."""
     return lambda step, rows: torch.as_tensor(lengths).expand(rows) == step + 1
@@ -123,19 +142,20 @@ def at(lengths):
 
 @contextlib.contextmanager
 def scripted(policy, make_due, kinds, num_rollouts):
-    """Inside, turns end as make_due() says, turn n of a rollout is an action of kind kinds[n]; `seconds_now` is the clock."""
-    generate, parse, clock, due = policy.model.generate, rollout_module.parse_action, rollout_module.time, make_due()
+    """Inside, turns end as make_due() says, turn n of a rollout is an action of kind kinds[n];
+    `seconds_now` is the clock.
+    """
+    draw, parse, clock = model_module.draw, rollout_module.parse_action, rollout_module.time
     script = iter([Action(kind, "7") for kind in kinds for _ in range(num_rollouts)])
+    ends = Ends(policy.end_id, make_due())
 
-    def forced(*args, logits_processor=(), **options):
-        return generate(*args, logits_processor=[Ends(policy.end_id, due), *logits_processor], **options)
-
-    policy.model.generate, rollout_module.parse_action = forced, lambda text: next(script)
+    model_module.draw = lambda logits, *args: draw(ends(None, logits), *args)
+    rollout_module.parse_action = lambda text: next(script)
     rollout_module.time = SimpleNamespace(perf_counter=seconds_now)
     try:
         yield
     finally:
-        policy.model.generate, rollout_module.parse_action, rollout_module.time = generate, parse, clock
+        model_module.draw, rollout_module.parse_action, rollout_module.time = draw, parse, clock
 
 
 class StubCode:
@@ -145,7 +165,7 @@ class StubCode:
         return [ToolResult(True, "", picture.resize((112, 112)), None, 0.0) for _, picture in calls]
 
 
-# ----------------------------------------------------------------------------------------------------- the two ways a step
+# ------------------------------------------------------------------------------ the two ways a step
 @dataclass
 class Scenario:
     name: str
@@ -158,12 +178,13 @@ class Scenario:
     group_size: int = 8
 
     def advantages(self, num_prompts):
-        return group_advantages(REWARDS.repeat(num_prompts, self.group_size // len(REWARDS))).flatten()
+        return group_advantages(REWARDS.repeat(num_prompts,
+                                               self.group_size // len(REWARDS))).flatten()
 
     def due(self):
         if self.chance:
             return hazard(self.chance)
-        return at(self.new_tokens if len(self.kinds) > 1 else -1)
+        return every(self.new_tokens) if len(self.kinds) > 1 else at(-1)
 
 
 @dataclass
@@ -184,14 +205,17 @@ class Clock:
 
 def our_step(policy, reference, optimizer, tasks, scenario):
     """Stages 2 to 5 of train.py. Returns (rollouts, clock)."""
-    config = Config(group_size=scenario.group_size, max_turns=len(scenario.kinds), max_new_tokens=scenario.new_tokens,
-                    max_tokens=8192, beta=scenario.beta, micro_batch_tokens=8192, batch_tokens=64 * 8192)
+    config = Config(group_size=scenario.group_size, max_turns=len(scenario.kinds),
+                    max_new_tokens=scenario.new_tokens, max_tokens=8192, beta=scenario.beta,
+                    micro_batch_tokens=8192, batch_tokens=64 * 8192)
     num = len(tasks) * config.group_size
     clock = Clock()
     with scripted(policy, scenario.due, scenario.kinds, num), gathered(policy):
-        rollouts, spent = roll_out(policy, tasks, Tools(code=StubCode()), config.limits(), group_size=config.group_size)
+        rollouts, spent = roll_out(policy, tasks, Tools(code=StubCode()), config.limits(),
+                                   group_size=config.group_size)
     clock.lap("generate")
-    clock.stages["generate"] -= spent["tools"]  # the stub, and cutting its images into patches, which the plain way gets
+    # the stub, and cutting its images into patches, which the plain way gets
+    clock.stages["generate"] -= spent["tools"]
     advantages = scenario.advantages(len(tasks)).tolist()
     batches, num_real = even_micro_batches(policy, rollouts, advantages, config.micro_batch_tokens)
     ref_logps = reference_logps(reference if scenario.beta else None, batches, config.temperature)
@@ -203,15 +227,21 @@ def our_step(policy, reference, optimizer, tasks, scenario):
 
 
 def plain_step(policy, optimizer, tasks, scenario, rollouts):
-    """The plain way with the lengths of these rollouts. policy: an unsharded one of its own. Returns its clock."""
+    """The plain way with the lengths of these rollouts.
+
+    policy: an unsharded one of its own. Returns its clock.
+    """
     clock, model = Clock(), policy.model
     limits = Limits(max_tokens=8192, max_new_tokens=1)
-    prompts = [r for task in tasks for r in rollout_module._open(policy, task, limits, scenario.group_size, "short")]
+    prompts = [
+        r for task in tasks
+        for r in rollout_module._open(policy, task, limits, scenario.group_size, "short")]
     lengths = [sum(r.action_mask) for r in rollouts]
-    law = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths), eos_token_id=policy.end_id,
-                           pad_token_id=policy.tokenizer.pad_token_id)
+    settings = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths),
+                                eos_token_id=policy.end_id,
+                                pad_token_id=policy.tokenizer.pad_token_id)
     with torch.no_grad():
-        output = model.generate(**model_inputs(policy, prompts, "left"), generation_config=law,
+        output = model.generate(**model_inputs(policy, prompts, "left"), generation_config=settings,
                                 logits_processor=[Ends(policy.end_id, at(lengths))])
     clock.lap("generate")
     assert output.shape[0] == len(rollouts)
@@ -221,13 +251,15 @@ def plain_step(policy, optimizer, tasks, scenario, rollouts):
         part = [rollouts[i] for i in rows]
         inputs = model_inputs(policy, part, "right")
         length = inputs["input_ids"].shape[1]
-        mask = torch.tensor([r.action_mask + [0] * (length - len(r.ids)) for r in part]).float()[:, 1:]  # (B, T - 1)
+        # (B, T - 1)
+        mask = torch.tensor(
+            [r.action_mask + [0] * (length - len(r.ids)) for r in part]).float()[:, 1:]
         targets = inputs["input_ids"][:, 1:]
         weights = advantages[rows, None] * mask / mask.sum(dim=1, keepdim=True) / len(rollouts)
         if scenario.lean:
             hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1][mask.bool()]
-            logps, _ = token_logps(hidden, model.lm_head.weight, targets[mask.bool()], temperature=1.0,
-                                   suppressed=policy.suppressed)
+            logps, _ = token_logps(hidden, model.lm_head.weight, targets[mask.bool()],
+                                   temperature=1.0, suppressed=policy.suppressed)
             weights = weights[mask.bool()]
         else:
             logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -249,7 +281,8 @@ def shape_of(rollouts, num_prompts):
     prompt = sum(r.action_mask.index(1) for r in rollouts) / len(rollouts)
     patches = sum(r.images[0].pixels.shape[0] for r in rollouts) / len(rollouts)
     made = sum(sum(i.pixels.shape[0] for i in r.images[1:]) for r in rollouts) / len(rollouts)
-    return Shape(num_prompts, len(rollouts) // num_prompts, prompt, sum(len(r.ids) for r in rollouts) / len(rollouts) - prompt,
+    return Shape(num_prompts, len(rollouts) // num_prompts, prompt,
+                 sum(len(r.ids) for r in rollouts) / len(rollouts) - prompt,
                  sum(sum(r.action_mask) for r in rollouts) / len(rollouts), patches, made)
 
 
@@ -257,6 +290,7 @@ def compare(name, folder, scenarios, repeats, *, num_prompts=8, image_size=(112,
     """Yields a row of the table for each scenario."""
     policy, plain = load(folder), load_policy(folder)
     plain.suppressed = policy.suppressed
+    plain.model.generation_config = GenerationConfig()  # without the folder's own defaults
     ours_optimizer, plain_optimizer = adamw(policy), adamw(plain)
     reference = load(folder) if any(s.beta for s in scenarios) else None
     tasks = make_tasks(policy, num_prompts, image_size, words)
@@ -271,10 +305,12 @@ def compare(name, folder, scenarios, repeats, *, num_prompts=8, image_size=(112,
                 plains.append(our_step(policy, None, ours_optimizer, tasks, other)[1])
             else:
                 plains.append(plain_step(plain, plain_optimizer, tasks, other, rollouts))
-            print(f"  {name}, {scenario.name}: {plains[-1].total:.2f} and {clock.total:.2f} s", file=sys.stderr, flush=True)
+            print(f"  {name}, {scenario.name}: {plains[-1].total:.2f} and {clock.total:.2f} s",
+                  file=sys.stderr, flush=True)
         kept = slice(1, None) if repeats > 1 else slice(-1, None)
         row = table_row(name, scenario, ours[kept], plains[kept])
-        spent = step_operations(policy.model.config, shape_of(rollouts, num_prompts), beta=scenario.beta)
+        spent = step_operations(policy.model.config, shape_of(rollouts, num_prompts),
+                                beta=scenario.beta)
         due = sum(spent.values()) / 1e9
         yield row + f" {due:,.0f} | {due / median_total(ours[kept]):.0f} |"
 
@@ -286,8 +322,10 @@ def median_total(clocks):
 def table_row(name, scenario, ours, plains):
     ratio = median(a.total / b.total for a, b in zip(ours, plains))
     goal = "" if scenario.target is None else f"{'met' if ratio <= scenario.target else 'missed'}: {scenario.target}"
-    stages = " + ".join(f"{median(c.stages[s] for c in ours):.2f}" for s in ("generate", "score", "update"))
-    others = " + ".join(f"{median(c.stages[s] for c in plains):.2f}" for s in ours[0].stages if s in plains[0].stages)
+    stages = " + ".join(
+        f"{median(c.stages[s] for c in ours):.2f}" for s in ("generate", "score", "update"))
+    others = " + ".join(f"{median(c.stages[s] for c in plains):.2f}" for s in ours[0].stages
+                        if s in plains[0].stages)
     return (f"| {name} | {scenario.name} | {median_total(plains):.2f} = {others} | {median_total(ours):.2f} = {stages} "
             f"| {ratio:.2f} | {goal} |")
 
@@ -303,7 +341,8 @@ def bench_steps(args):
                  Scenario("ragged, 1 to 256 tokens", 256, 0.75, chance=1 / 60),
                  Scenario("two turns of 32, a tool between", 32, 1.0, kinds=("code", "answer")),
                  Scenario("one turn, beta 0.04 over beta 0", 48, 1.25, beta=0.04)]
-    for row in compare("laptop", str(ROOT / "data/model"), scenarios, 2 if args.quick else 5, image_size=(56, 56)):
+    for row in compare("laptop", str(ROOT / "data/model"), scenarios, 2 if args.quick else 5,
+                       image_size=(56, 56)):
         print(row, flush=True)
     if not args.quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -313,21 +352,25 @@ def bench_steps(args):
 
 
 def bench_mat(args):
-    """The shape of the paper's tasks: what sharing prompts gives, beside the plain way with logits of action tokens only."""
+    """The shape of the paper's tasks: what sharing prompts gives, beside the plain way with logits
+    of action tokens only.
+    """
     print("\n" + HEADER, flush=True)
-    scenario = Scenario("prompt of 880, samples of 160, G = 8; without sharing on the left", 32 if args.quick else 160, 0.4,
-                        lean=True)
+    scenario = Scenario("prompt of 880, samples of 160, G = 8; without sharing on the left",
+                        32 if args.quick else 160, 0.4, lean=True)
     with tempfile.TemporaryDirectory() as folder:
         name = str(ROOT / "data/model") if args.quick else make_folder(folder, MIDDLE, VISION)
-        for row in compare("laptop" if args.quick else "middle", name, [scenario], args.repeats, num_prompts=2,
-                           image_size=(616, 616), words=340):
+        for row in compare("laptop" if args.quick else "middle", name, [scenario], args.repeats,
+                           num_prompts=2, image_size=(616, 616), words=340):
             print(row, flush=True)
 
 
-# ---------------------------------------------------------------------------------------- what each thing helps by itself
+# ------------------------------------------------------------------ what each thing helps by itself
 @contextlib.contextmanager
 def prompts_apart():
-    """Inside, the samples of a prompt have images of their own, equal but not the same: nothing is shared among them."""
+    """Inside, the samples of a prompt have images of their own, equal but not the same: nothing is
+    shared among them.
+    """
     open_rollouts = rollout_module._open
 
     def apart(*args):
@@ -344,52 +387,59 @@ def bench_parts(args):
     """The same steps with and without one of the things that make them fast."""
     print("\n| model, steps | without | generate, s with / without | update, s with / without | whole step, with over without |"
           "\n|---|---|---|---|---|", flush=True)
-    one, two = Scenario("one turn of 48", 48, None), Scenario("two turns of 32, a tool between", 32, None,
-                                                               kinds=("code", "answer"))
+    one, two = Scenario("one turn of 48", 48, None), Scenario(
+        "two turns of 32, a tool between", 32, None, kinds=("code", "answer"))
     mat = Scenario("prompt of 880, samples of 160", 32 if args.quick else 160, None)
     with tempfile.TemporaryDirectory() as folder:
-        models = {"laptop": str(ROOT / "data/model")} | ({} if args.quick else {"middle": make_folder(folder, MIDDLE, VISION)})
+        models = {"laptop": str(ROOT / "data/model")} | (
+            {} if args.quick else {"middle": make_folder(folder, MIDDLE, VISION)})
         for model, name in models.items():
             policy = load(name)
             optimizer = adamw(policy)
             small, large = (8, (112, 112), 20), (2, (616, 616), 340)  # prompts, pixels, words
-            for scenario, without, tasks in [(one, prompts_apart, small), (two, prompts_apart, small),
+            for scenario, without, tasks in [(one, prompts_apart, small),
+                                             (two, prompts_apart, small),
                                              (mat, prompts_apart, large)]:
                 clocks, tasks = ([], []), make_tasks(policy, *tasks)
-                for repeat in range(1 + (5 if model == "laptop" else args.repeats)):  # the first is a warm-up
+                # the first is a warm-up
+                for repeat in range(1 + (5 if model == "laptop" else args.repeats)):
                     for kept, block in zip(clocks, (contextlib.nullcontext, without)):
                         torch.manual_seed(repeat)
                         with block():
                             kept.append(our_step(policy, None, optimizer, tasks, scenario)[1])
                 a, b = (kept[1:] or kept for kept in clocks)
-                cells = [" / ".join(f"{median(c.stages[stage] for c in clock):.2f}" for clock in (a, b))
-                         for stage in ("generate", "update")]
+                cells = [" / ".join(f"{median(c.stages[stage] for c in clock):.2f}"
+                                    for clock in (a, b)) for stage in ("generate", "update")]
                 ratio = median(x.total / y.total for x, y in zip(a, b))
                 print(f"| {model}, {len(tasks)} x 8, {scenario.name} | {without.__name__} | {cells[0]} | {cells[1]} "
                       f"| {ratio:.2f} |", flush=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 def straight_logps(hidden, lm_head, targets, *, temperature, suppressed):
     """All logits at once; no entropy."""
     logits = torch.nn.functional.linear(hidden, lm_head).float() / temperature
-    law = torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1)  # (N, V)
-    return law.gather(1, targets[:, None]).squeeze(1), None
+    logps = torch.log_softmax(logits.index_fill(1, suppressed, float("-inf")), dim=1)  # (N, V)
+    return logps.gather(1, targets[:, None]).squeeze(1), None
 
 
 def score_once(way, dtype, file, tokens, width, vocabulary, threads):
-    """In a process of its own. Prints peak bytes beyond inputs and gradients, and seconds; leaves the values in a file."""
+    """In a process of its own.
+
+    Prints peak bytes beyond inputs and gradients, and seconds; leaves the values in a file.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
     hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
     lm_head = (torch.randn(vocabulary, width) / width ** 0.5).to(dtype).requires_grad_()
-    targets, suppressed = torch.randint(vocabulary - 300, (tokens,)), torch.arange(vocabulary - 293, vocabulary)
+    targets, suppressed = torch.randint(
+        vocabulary - 300, (tokens,)), torch.arange(vocabulary - 293, vocabulary)
     upstream = torch.randn(tokens)
     before = memory("VmRSS")
     start = seconds_now()
-    logps, _ = {"ours": token_logps, "straight": straight_logps}[way](hidden, lm_head, targets, temperature=0.9,
-                                                                      suppressed=suppressed)
+    logps, _ = {"ours": token_logps, "straight": straight_logps}[way](
+        hidden, lm_head, targets, temperature=0.9, suppressed=suppressed)
     (logps * upstream).sum().backward()
     seconds = seconds_now() - start
     gradients = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, lm_head))
@@ -398,7 +448,10 @@ def score_once(way, dtype, file, tokens, width, vocabulary, threads):
 
 
 def memory(name):
-    """Bytes of this process: VmRSS now, VmHWM at most. Not getrusage's: a child begins with the peak of its parent there."""
+    """Bytes of this process: VmRSS now, VmHWM at most.
+
+    Not getrusage's: a child begins with the peak of its parent there.
+    """
     return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -422,13 +475,16 @@ def bench_scoring(args):
 
 def in_a_process(*arguments):
     """The numbers that this script prints when called so, in a fresh process."""
-    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True,
+                          check=True)
     return [float(x) for x in done.stdout.split("RESULT")[1].split()]
 
 
-# ---------------------------------------------------------------------------------------------- a slice of 3B, and growth
+# ------------------------------------------------------------------------ a slice of 3B, and growth
 def product_rate(shapes):
-    """Operations a second of plain products (m, k) x (k, n) in fp32, the best of three each, all together."""
+    """Operations a second of plain products (m, k) x (k, n) in fp32, the best of three each, all
+    together.
+    """
     operations = seconds = 0.0
     for m, k, n in shapes:
         a, b = torch.randn(m, k), torch.randn(k, n)
@@ -442,21 +498,25 @@ def product_rate(shapes):
 
 
 def bench_slice(args):
-    """Two layers at the width of 3B: operations a second over those of plain products of its own shapes."""
+    """Two layers at the width of 3B: operations a second over those of plain products of its own
+    shapes.
+    """
     tokens, actions = (256, 64) if args.quick else (1024, 160)
     with tempfile.TemporaryDirectory() as folder:
         shape = SLICE_3B | ({"vocab_size": 8192} if args.quick else {})
-        policy = load_policy(make_folder(folder, shape, VISION | {"depth": 1, "fullatt_block_indexes": [0]}))
+        policy = load_policy(make_folder(folder, shape, VISION
+                                         | {"depth": 1, "fullatt_block_indexes": [0]}))
     policy.suppressed = policy.suppressed[policy.suppressed < len(policy.tokenizer)]
     ids = torch.randint(0, 700, (tokens,)).tolist()
     row = Rollout({}, ids, [0] * (tokens - actions) + [1] * actions, [0.0] * tokens)
     batch = collate(policy, [row], [0.0])
-    operations = 3 * sum(forward_operations(policy.model.config, tokens=tokens, pairs=tokens * (tokens + 1) / 2,
-                                            head_tokens=actions).values())
+    operations = 3 * sum(forward_operations(policy.model.config, tokens=tokens, pairs=tokens
+                                            * (tokens + 1) / 2, head_tokens=actions).values())
     rates, products = [], []
     for _ in range(2 if args.quick else 5):
         policy.model.zero_grad()  # as in an update: gradients begin with nothing
-        products.append(product_rate([(tokens, 2048, 11_008), (tokens, 11_008, 2048), (2048, tokens, 11_008)]))
+        products.append(
+            product_rate([(tokens, 2048, 11_008), (tokens, 11_008, 2048), (2048, tokens, 11_008)]))
         start = seconds_now()
         score(policy, batch, 1.0)[0].sum().backward()
         rates.append(operations / (seconds_now() - start))
@@ -467,26 +527,33 @@ def bench_slice(args):
 
 
 def bench_linear(args):
-    """Seconds of a step at 1, 2 and 4 times the prompts, samples, tokens; memory of roll_out by the number of rollouts."""
+    """Seconds of a step at 1, 2 and 4 times the prompts, samples, tokens; memory of roll_out by the
+    number of rollouts.
+    """
     print("\n| laptop model, seconds of a step | 1 x | 2 x | 4 x |\n|---|---|---|---|", flush=True)
     policy = load(str(ROOT / "data/model"))
     optimizer = adamw(policy)
-    for what, sizes in {"prompts": [(p, 4, 32) for p in (4, 8, 16)], "samples": [(4, g, 32) for g in (4, 8, 16)],
+    for what, sizes in {"prompts": [(p, 4, 32) for p in (4, 8, 16)],
+                        "samples": [(4, g, 32) for g in (4, 8, 16)],
                         "tokens": [(4, 4, t) for t in (32, 64, 128)]}.items():
         cells = []
         for prompts, samples, tokens in sizes:
             tasks = make_tasks(policy, prompts, (56, 56), 20)
             scenario = Scenario("", tokens, None, group_size=samples)
-            times = [our_step(policy, None, optimizer, tasks, scenario)[1].total for _ in range(2 if args.quick else 4)]
+            times = [our_step(policy, None, optimizer, tasks, scenario)[1].total
+                     for _ in range(2 if args.quick else 4)]
             cells.append(median(times[1:]))
-        print(f"| {what}, from {sizes[0]} | " + " | ".join(f"{c:.2f}" for c in cells) + " |", flush=True)
+        print(f"| {what}, from {sizes[0]} | " + " | ".join(f"{c:.2f}" for c in cells) + " |",
+              flush=True)
     peaks = [in_a_process("--rollout_once", str(n))[0] for n in (8, 16, 32)]
     print("\nPeak memory of roll_out in calls of 64 rows, for 64, 128 and 256 rollouts: "
           + ", ".join(f"{p / 1e6:.0f} MB" for p in peaks), flush=True)
 
 
 def rollout_once(prompts):
-    """In a process of its own: peak bytes beyond the model after roll_out of 8 rollouts a prompt, 64 rows at a time."""
+    """In a process of its own: peak bytes beyond the model after roll_out of 8 rollouts a prompt,
+    64 rows at a time.
+    """
     policy = load_policy(str(ROOT / "data/model"))
     tasks = make_tasks(policy, prompts, (112, 112), 20)
     scenario = Scenario("", 64, None)
@@ -498,8 +565,11 @@ def rollout_once(prompts):
 
 
 def bench_evaluate(args):
-    """Greedy evaluation of one turn, files and scores included, over one bare `generate` of the same rows; tokens a second."""
+    """Greedy evaluation of one turn, files and scores included, over one bare `generate` of the
+    same rows; tokens a second.
+    """
     policy = load_policy(str(ROOT / "data/model"))
+    policy.model.generation_config = GenerationConfig()  # without the folder's own defaults
     tasks = load_tasks(ROOT / "data/offline/heldout.json")
     limits, rates, bare = Limits(1, 96, 512), [], []
     for _ in range(3 if args.quick else 6):  # the first is a warm-up
@@ -509,12 +579,15 @@ def bench_evaluate(args):
             seconds = seconds_now() - start
         start = seconds_now()
         prompts = [rollout_module._open(policy, task, limits, 1, "short")[0] for task in tasks]
-        law = GenerationConfig(do_sample=False, max_new_tokens=96, eos_token_id=policy.end_id,
-                               pad_token_id=policy.tokenizer.pad_token_id, suppress_tokens=policy.suppressed.tolist())
+        settings = GenerationConfig(do_sample=False, max_new_tokens=96, eos_token_id=policy.end_id,
+                                    pad_token_id=policy.tokenizer.pad_token_id,
+                                    suppress_tokens=policy.suppressed.tolist())
         with torch.no_grad():
             inputs = model_inputs(policy, prompts, "left")
-            new = policy.model.generate(**inputs, generation_config=law)[:, inputs["input_ids"].shape[1]:].tolist()
-        tokens = sum(ids.index(policy.end_id) + 1 if policy.end_id in ids else len(ids) for ids in new)
+            new = policy.model.generate(**inputs, generation_config=settings)[
+                :, inputs["input_ids"].shape[1]:].tolist()
+        tokens = sum(ids.index(policy.end_id) + 1 if policy.end_id in ids else len(ids)
+                     for ids in new)
         rates.append(tokens / seconds)
         bare.append(tokens / (seconds_now() - start))
     share = median(a / b for a, b in zip(rates[1:], bare[1:]))
@@ -522,8 +595,8 @@ def bench_evaluate(args):
           f"{median(bare[1:]):.0f}: {share:.2f} of it (at least 0.85: {'met' if share >= 0.85 else 'missed'})", flush=True)
 
 
-PARTS = {"evaluate": bench_evaluate, "steps": bench_steps, "mat": bench_mat, "parts": bench_parts, "scoring": bench_scoring,
-         "slice": bench_slice, "linear": bench_linear}
+PARTS = {"evaluate": bench_evaluate, "steps": bench_steps, "mat": bench_mat, "parts": bench_parts,
+         "scoring": bench_scoring, "slice": bench_slice, "linear": bench_linear}
 
 
 def main():
@@ -531,7 +604,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few repetitions")
     parser.add_argument("--cpu", action="store_true", help="one thread, CPU seconds")
-    parser.add_argument("--repeats", type=int, default=1, help="of the middle model's steps, after a first one")
+    parser.add_argument("--repeats", type=int, default=1,
+                        help="of the middle model's steps, after a first one")
     parser.add_argument("--width", type=int, default=256, help="H of the scoring; 3B has 2048")
     parser.add_argument("--score_once", nargs=7, help=argparse.SUPPRESS)
     parser.add_argument("--rollout_once", type=int, help=argparse.SUPPRESS)

@@ -8,12 +8,14 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 
 from model import copy_policy, export, gathered, load_policy, sample, score  # noqa: E402
 from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
@@ -28,11 +30,13 @@ SMALL, LARGE = 1, 100_000  # --micro_batch_tokens: every row alone, and all of a
 
 
 def task(number, question, picture=None):
-    return {"id": number, "family": "coding", "question": question, "answers": ["7"], "image": picture, "type": []}
+    return {"id": number, "family": "coding", "question": question, "answers": ["7"],
+            "image": picture, "type": []}
 
 
 def picture(number):
-    return Image.effect_noise((56, 56), 40 + 30 * number).convert("RGB").resize((56 + 28 * number, 56))
+    return Image.effect_noise(
+        (56, 56), 40 + 30 * number).convert("RGB").resize((56 + 28 * number, 56))
 
 
 def whole_tensor(tensor):
@@ -57,19 +61,26 @@ def load(folder):
 
 
 def play(policy, rank):
-    """Rank 0 takes three turns with images, rank 1 one turn without. Every turn starts with 6 sampled tokens."""
-    chain, picture_or_none = (CHAIN, Image.new("RGB", (84, 84), (90, 200, 30))) if rank == 0 else (CHAIN[-1:], None)
+    """Rank 0 takes three turns with images, rank 1 one turn without.
+
+    Every turn starts with 6 sampled tokens.
+    """
+    chain, picture_or_none = (CHAIN, Image.new("RGB", (84, 84),
+                                               (90, 200, 30))) if rank == 0 else (CHAIN[-1:], None)
     recorded = replay(policy, lambda _: ["</think>" + turn for turn in chain])
 
     def sampler(live):
         sampled = sample(policy, live, 6, 1.0)
-        thoughts = [(ids[:-1], logps[:-1]) if ids[-1] == policy.end_id else (ids, logps) for ids, logps in sampled]
-        return [(ids + action, logps + zeros) for (ids, logps), (action, zeros) in zip(thoughts, recorded(live))]
+        thoughts = [(ids[:-1], logps[:-1]) if ids[-1] == policy.end_id else (ids, logps)
+                    for ids, logps in sampled]
+        return [
+            (ids + action, logps + zeros)
+            for (ids, logps), (action, zeros) in zip(thoughts, recorded(live))]
 
     torch.manual_seed(rank)
     with CodeTool(workers=1, timeout=20.0) as code:
-        rollouts, _ = roll_out(policy, [task(0, "Why?", picture_or_none)], Tools(code=code), LIMITS, group_size=3,
-                               sampler=sampler)
+        rollouts, _ = roll_out(policy, [task(0, "Why?", picture_or_none)], Tools(code=code), LIMITS,
+                               group_size=3, sampler=sampler)
     return {"ids": [r.ids for r in rollouts], "logps": [r.logps for r in rollouts],
             "turns": [len(r.turns) for r in rollouts], "images": [len(r.images) for r in rollouts]}
 
@@ -82,18 +93,26 @@ def sample_and_score(folder, whole):
     dist.barrier()
     spread = here(policy)
     recorded = replay(whole, lambda _: CHAIN[-1:])
-    batch = collate(policy, roll_out(whole, [task(0, "Why?")], Tools(), LIMITS, sampler=recorded)[0], [0.0])
+    batch = collate(policy, roll_out(whole, [task(0, "Why?")], Tools(), LIMITS,
+                                     sampler=recorded)[0], [0.0])
     with torch.no_grad():
         logps = [score(p, batch, 1.0)[0] for p in (policy, whole)]
-    return {"sharded": played, "whole": play(whole, dist.get_rank()), "left": left, "here": spread, "logps": logps}
+    return {"sharded": played, "whole": play(whole, dist.get_rank()), "left": left, "here": spread,
+            "logps": logps}
 
 
 def rows_of(policy):
-    """This rank's of 8 rollouts with their advantages: the first 5 are text, the last 3 have an image."""
+    """This rank's of 8 rollouts with their advantages: the first 5 are text, the last 3 have an
+    image.
+    """
     torch.manual_seed(0)
-    tasks = [task(i, "Why? " * (3 * i + 1)) for i in range(5)] + [task(i, "Why?", picture(i - 5)) for i in range(5, 8)]
-    chains = [["<problem> dark </problem>"] * (i % 3) + ["<answer>" + " 7" * (i + 1) + "</answer>"] for i in range(8)]
-    rollouts, _ = roll_out(policy, tasks, Tools(), LIMITS, sampler=replay(policy, lambda t: chains[t["id"]]))
+    tasks = [
+        task(i, "Why? " * (3 * i + 1))
+        for i in range(5)] + [task(i, "Why?", picture(i - 5)) for i in range(5, 8)]
+    chains = [["<problem> dark </problem>"] * (i % 3) + ["<answer>" + " 7" * (i + 1) + "</answer>"]
+              for i in range(8)]
+    rollouts, _ = roll_out(policy, tasks, Tools(), LIMITS,
+                           sampler=replay(policy, lambda t: chains[t["id"]]))
     rows = list(zip(rollouts, [1.5, -1.0, 0.5, -0.25, 0.75, -2.0, 1.0, 0.25]))
     cut = {1: [slice(0, 8)], 2: [slice(0, 5), slice(5, 8)]}[dist.get_world_size()][dist.get_rank()]
     return rows[cut]
@@ -105,12 +124,42 @@ def step(folder, reference, rows, optimizer, micro_batch_tokens, loss="grpo"):
     before = weights(policy)
     optimizer = optimizer(policy.model.parameters())
     config = Config(beta=0.04, loss=loss, max_grad_norm=1e6, micro_batch_tokens=micro_batch_tokens)
-    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], micro_batch_tokens)
-    metrics = update(policy, optimizer, batches, num_real, reference_logps(reference, batches, 1.0), config)
+    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows],
+                                           micro_batch_tokens)
+    metrics = update(policy, optimizer, batches, num_real, reference_logps(reference, batches, 1.0),
+                     config)
     images = ["pixel_values" in batch.inputs for batch in batches[:num_real]]
     after = weights(policy)
-    return policy, {"metrics": metrics, "weights": after, "num": len(batches), "num_real": num_real, "images": images,
-                    "moved": {name: after[name] - before[name] for name in after}}
+    return policy, {"metrics": metrics, "weights": after, "num": len(batches), "num_real": num_real,
+                    "images": images, "moved": {name: after[name] - before[name] for name in after}}
+
+
+def in_bfloat16(folder, frozen_head=False):
+    """Sharded and computing in bf16, as on GPUs, beside a whole copy in fp32.
+
+    Log-probs of one batch, and by how much each gradient is off.
+    """
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                                cast_forward_inputs=False)
+    with patch("model.fully_shard", lambda unit, **_: fully_shard(unit, mp_policy=half)):
+        sharded = load_policy(folder, shard=True)
+    whole = load_policy(folder)
+    shown = task(0, "Why?", Image.new("RGB", (84, 84), (90, 200, 30)))
+    recorded = replay(whole, lambda _: CHAIN[-1:])
+    batch = collate(whole, roll_out(whole, [shown], Tools(), LIMITS, sampler=recorded)[0], [0.0])
+    logps, gradients = [], []
+    for policy in (sharded, whole):
+        policy.model.lm_head.weight.requires_grad_(not frozen_head)
+        values, _ = score(policy, batch, 1.0)
+        values.sum().backward()
+        logps.append(values.detach())
+        named = policy.model.named_parameters()
+        gradients.append({name: whole_tensor(p.grad) for name, p in named if p.grad is not None})
+    ours, expected = gradients
+    assert ours.keys() == expected.keys()
+    return {"logps": logps, "dtypes": {g.dtype for g in ours.values()},
+            "off": {name: ((ours[name] - expected[name]).norm() / expected[name].norm()).item()
+                    for name in expected if expected[name].any()}}
 
 
 def main(model, reference, out):
@@ -142,7 +191,8 @@ def main(model, reference, out):
         return made[-1]
     last = dist.get_rank() == dist.get_world_size() - 1  # the others' numbers are sound
     bad = [(r, float("inf")) for r, _ in rows] if last else rows
-    keep("not_finite", step(model, teacher, bad, adamw_kept, LARGE)[1] | {"state": len(made[0].state)})
+    keep("not_finite", step(model, teacher, bad, adamw_kept, LARGE)[1]
+         | {"state": len(made[0].state)})
     policy, result = step(model, teacher, rows, adamw, SMALL)
     keep("adamw", result)
     copy = copy_policy(policy)
@@ -154,6 +204,9 @@ def main(model, reference, out):
     keep("copy", {"weights": weights(copy), "here": here(copy), "logps": logps})
     export(policy, Path(out) / f"exported-{dist.get_world_size()}")
     dist.barrier()
+    keep("bfloat16_tied", in_bfloat16(model))
+    keep("bfloat16_untied", in_bfloat16(reference))
+    keep("bfloat16_frozen_head", in_bfloat16(reference, frozen_head=True))
     if dist.get_world_size() == 2:
         keep("sample", sample_and_score(model, whole))
     dist.destroy_process_group()

@@ -88,8 +88,7 @@ def words(policy):
         clean_up_tokenization_spaces=False,
         additional_special_tokens=[token.content for token in special.values()],
         chat_template=policy.tokenizer.chat_template)
-    return Policy(policy.model, tokenizer, policy.image_processor, policy.device,
-                  policy.hub_generation_config)
+    return Policy(policy.model, tokenizer, policy.image_processor, policy.device)
 
 
 def spelled(policy, rollout):
