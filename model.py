@@ -43,7 +43,8 @@ from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache,
-    PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+    GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration, StoppingCriteria)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -231,6 +232,9 @@ def _set_up(model: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForCondition
     AttentionMaskInterface.register("group_attention", sdpa_mask)
     model.model.language_model.config._attn_implementation = "group_attention"
     model.action_logps = types.MethodType(_action_logps, model)
+    # `generate` would fill in the hub's defaults, such as a repetition penalty of 1.05.
+    model.hub_generation_config, model.generation_config = (model.generation_config,
+                                                            GenerationConfig())
     if isinstance(model, FSDPModule):
         # FSDP then gathers the root's parameters around it as it does around forward.
         register_fsdp_forward_method(model, "action_logps")
@@ -444,34 +448,74 @@ def sample(policy: Policy, sequences: list[Sequence], max_new_tokens: int, tempe
     cache, mask = _encode_prompts(policy, prompts, fed)
     inputs = _unseen_inputs(policy, sequences, prompts)
     turns = [([], []) for _ in sequences]
-    rows = turns  # the turns that the rows of the batch write
-    going = list(range(len(rows)))  # the rows whose turns have not ended
-    for _ in range(max_new_tokens):
-        _count(fed, inputs["attention_mask"])
-        mask = torch.cat([mask, inputs.pop("attention_mask")], dim=1)  # (B, S)
-        output = policy.model(**inputs, attention_mask=mask, past_key_values=cache,
-                              logits_to_keep=1)
-        ids, logps = draw(output.logits[:, -1], temperature, policy.suppressed)  # (B,)
-        new_ids, new_logps = ids.tolist(), logps.tolist()
-        for i in going:
-            turn_ids, turn_logps = rows[i]
-            turn_ids.append(new_ids[i])
-            turn_logps.append(new_logps[i])
-        going = [i for i in going if new_ids[i] != policy.end_id]
-        if not going or interrupted():
+    rows, steps_left = turns, max_new_tokens  # rows: the turns that the rows of the batch write
+    while rows:
+        new_mask = inputs.pop("attention_mask")  # (B, T)
+        mask = torch.cat([mask, new_mask], dim=1)  # (B, S)
+        ids, logps = _generate(policy, cache, inputs | {"attention_mask": mask}, steps_left,
+                               temperature, interrupted)
+        steps = ids.shape[1]
+        for turn, row_ids, row_logps in zip(rows, ids.tolist(), logps.tolist(), strict=True):
+            ended = policy.end_id in row_ids
+            length = row_ids.index(policy.end_id) + 1 if ended else steps
+            turn[0].extend(row_ids[:length])
+            turn[1].extend(row_logps[:length])
+            fed["real"] += length - 1  # the last one is sampled, not fed
+        _count(fed, new_mask)
+        fed["all"] += len(rows) * (steps - 1)
+        steps_left -= steps
+        going = [i for i, (turn_ids, _) in enumerate(rows) if turn_ids[-1] != policy.end_id]
+        if not going or steps_left == 0 or interrupted():
             break
-        positions = inputs["position_ids"][:, :, -1:] + 1  # (3, B, 1)
-        if len(going) <= len(rows) / 2:  # not at each end of a turn: leaving copies the cache
-            kept = torch.tensor(going, device=policy.device)
-            cache.batch_select_indices(kept)
-            mask, ids, positions = mask[kept], ids[kept], positions[:, kept]
-            rows = [rows[i] for i in going]
-            going = list(range(len(rows)))
-        new_mask = mask.new_zeros(len(rows), 1)  # what rows are fed after their end is padding
-        new_mask[going] = 1
-        inputs = {"input_ids": ids[:, None], "position_ids": positions,
-                  "attention_mask": new_mask}
+        kept = torch.tensor(going, device=policy.device)
+        cache.batch_select_indices(kept)
+        rows = [rows[i] for i in going]
+        mask = torch.nn.functional.pad(mask[kept], (0, steps - 1), value=1)
+        inputs = {"input_ids": ids[kept, -1:], "attention_mask": mask.new_ones(len(rows), 1),
+                  "position_ids": inputs["position_ids"][:, kept, -1:] + steps}  # (3, B, 1)
     return turns
+
+
+def _generate(policy: Policy, cache: DynamicCache, inputs: dict[str, Tensor], max_new_tokens: int,
+              temperature: float, interrupted: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+    """(ids, log-probs), (B, steps) each, until half of the rows have ended their turns.
+
+    What stands behind the end of a row is padding.
+    """
+    draw_one = Draw(temperature, policy.suppressed)
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens,
+                              eos_token_id=policy.end_id,
+                              pad_token_id=policy.tokenizer.pad_token_id)
+    # synced_gpus would make ranks wait for the longest: parameters are gathered, so none has to.
+    output = policy.model.generate(
+        **inputs, past_key_values=cache, generation_config=config, synced_gpus=False,
+        logits_processor=[draw_one], stopping_criteria=[HalfEnded(policy.end_id, interrupted)])
+    return output[:, inputs["input_ids"].shape[1]:], torch.stack(draw_one.logps, dim=1)
+
+
+class Draw(LogitsProcessor):
+    """Draws the next token of every row and keeps its log-prob; leaves `generate` no other one."""
+
+    def __init__(self, temperature: float, suppressed: Tensor):
+        self.temperature, self.suppressed = temperature, suppressed
+        self.logps = []  # of each step (B,)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ids, logps = draw(scores, self.temperature, self.suppressed)  # (B,)
+        self.logps.append(logps)
+        return torch.full_like(scores, float("-inf")).scatter_(1, ids[:, None], 0.0)
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops `generate` once half of its rows have ended: these leave, the others go on."""
+
+    def __init__(self, end_id: int, interrupted: Callable[[], bool]):
+        self.end_id, self.interrupted, self.ended = end_id, interrupted, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        self.ended |= input_ids[:, -1] == self.end_id  # (B,)
+        stops = self.interrupted() or self.ended.float().mean() >= 0.5
+        return torch.full_like(self.ended, bool(stops))
 
 
 def _encode_prompts(policy: Policy, prompts: list[Prompt],
@@ -613,7 +657,7 @@ def export(policy: Policy, folder: str | Path) -> None:
     # save_pretrained of an FSDP module would write the name of FSDP's class into config.json.
     with torch.device("meta"):
         shell = Qwen2_5_VLForConditionalGeneration._from_config(policy.model.config)
-    shell.generation_config = policy.model.generation_config
+    shell.generation_config = policy.model.hub_generation_config
     shell.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)

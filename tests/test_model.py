@@ -417,7 +417,7 @@ def test_an_export_carries_the_generation_defaults_of_the_hub_and_loads_as_a_pol
 
 def test_an_export_leaves_the_policy_as_it_was(hub, tmp_path):
     export(hub, tmp_path)
-    assert hub.model.generation_config.temperature == 1e-6
+    assert hub.model.hub_generation_config.temperature == 1e-6
 
 
 # ----------------------------------------------------------------------------------------- encoding
