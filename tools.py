@@ -978,16 +978,16 @@ def fetch(url: str, payload: dict | None = None, headers: dict | None = None,
     def run() -> None:
         try:
             reply.set_result(_exchange(url, payload, headers or {}, public, seconds))
-        except Exception as error:  # of requests, urllib3, http.client, ssl, idna
-            reply.set_exception(error)
+        except Exception as error:
+            while error.__context__:  # requests wraps what has happened, up to three times
+                error = error.__context__
+            reply.set_exception(error.with_traceback(None))  # its frames hold the connection open
     threading.Thread(target=run, daemon=True).start()
     try:
         return reply.result(timeout=seconds)
     except RequestFailed:
         raise
-    except Exception as error:
-        while error.__context__:  # requests wraps what has happened, up to three times
-            error = error.__context__
+    except Exception as error:  # of requests, urllib3, http.client, ssl, idna
         kind = "unreachable" if isinstance(error, OSError) else "bad_reply"
         kind = "timeout" if isinstance(error, TimeoutError) else kind
         raise RequestFailed(kind, None) from error

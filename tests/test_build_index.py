@@ -314,7 +314,7 @@ def test_common_words_alone_rank_the_first_passages(tmp_path):
 
 def test_a_rare_word_is_found_behind_many_passages_with_a_common_one(tmp_path):
     address = indexed(tmp_path, [{"text": f"city {i}"} for i in range(150_000)])
-    with sqlite3.connect(tmp_path / "index.sqlite") as database:  # as with 21 million passages, so that "city" is none of the common words
+    with sqlite3.connect(tmp_path / "index.sqlite") as database:  # as with 21 million: "city" is in fewer than 2 %
         database.execute("INSERT INTO passages VALUES (20999999, ?)", (zlib.compress(b"a river"),))
         database.execute("INSERT INTO words(rowid, segmented) VALUES (20999999, 'a river')")
     assert ask(address, "city river", topk=1).text == "1. Content: a river"

@@ -848,7 +848,8 @@ def test_a_name_with_many_addresses_takes_no_longer(serve, monkeypatch):
         for server in deaf:  # a queue that is full: further connections wait
             stack.enter_context(socket.create_connection(server.getsockname()))
         targets = [server.getsockname() for server in deaf]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", at) for at in targets])
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in targets])
         started = time.monotonic()
         with pytest.raises(tools.RequestFailed, match="timeout"):
             tools.fetch("http://many.example/", seconds=FETCH)
