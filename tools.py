@@ -833,7 +833,8 @@ class SearchTool:
         except RequestFailed as failure:
             raise ValueError(f"the search backend {self._asked[0]!r} does not answer: "
                              f"{failure}") from failure
-        self._budget = budget
+        finally:
+            self._budget = budget
 
     def _search(self, query: str) -> ToolResult:
         started, passages = time.monotonic(), []
@@ -859,9 +860,7 @@ class SearchTool:
                 if isinstance(passages, list) and all(isinstance(each, str) for each in passages):
                     return passages
         found = self._ask(query)
-        passages = [text for text, _ in found]
-        if self._pages:
-            passages = self._read_pages(query, found)
+        passages = self._read_pages(query, found) if self._pages else [text for text, _ in found]
         self._cached("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(passages))
         return passages
 
@@ -1000,7 +999,7 @@ def _exchange(url: str, payload: dict | None, headers: dict, public: bool,
 
     import requests
     headers, deadline = {"User-Agent": "visual-arft", **headers}, time.monotonic() + seconds
-    authorities = ssl.get_default_verify_paths().cafile or True  # SSL_CERT_FILE or the system's
+    verify = ssl.get_default_verify_paths().cafile or True  # SSL_CERT_FILE, the system's or certifi
     for _ in range(1 + REDIRECTS):
         split_address(url)
         method = "GET" if payload is None else "POST"
@@ -1010,7 +1009,7 @@ def _exchange(url: str, payload: dict | None, headers: dict, public: bool,
             if public:
                 _pin(request, adapter)
             body = bytearray()
-            with adapter.send(request, True, seconds, authorities) as reply:
+            with adapter.send(request, stream=True, timeout=seconds, verify=verify) as reply:
                 # Not read(), which takes as much at once as a chunk claims to have.
                 while len(body) <= MAX_BODY and (part := reply.raw.read1(1 << 16)):
                     body += part
