@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools import read_document, segment  # noqa: E402
 
-COMMON = 1_000  # words in more passages than this are counted
+COMMON = 5_000  # words in more passages than this are counted; a query may leave them out
 
 
 def read_corpus(path: str | Path, bar: tqdm | None = None) -> Iterator[tuple[str, str]]:
