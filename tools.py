@@ -752,10 +752,10 @@ def distinct_words(text: str) -> list[str]:
 def open_sqlite(address: str) -> Callable[[str, int], Passages]:
     """A local corpus at `sqlite:INDEX`, made by data/build_index.py. (query, topk) -> passages.
 
-    Passages with any word of the query are ranked by BM25. Words in more than 2 % of all passages
-    (and more than COMMON of build_index.py) are left out: they weigh little, and ranking all that
-    hold "the" would take seconds. If nothing else is found, the first MAX_RANKED passages with
-    such a word are ranked.
+    A passage must hold a rare word of the query, one in at most 2 % of all passages (or in at most
+    COMMON of build_index.py); ranking all that hold "the" would take seconds. BM25 ranks them by
+    all words in at most half of the passages, the rare ones counted twice. If nothing is found,
+    the first MAX_RANKED passages with any word are ranked.
     """
     path = address.partition(":")[2]
     try:
@@ -767,21 +767,23 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
         raise ValueError(f"{path} is no index of a corpus ({error}); make one: "
                          "python data/build_index.py CORPUS.jsonl -o INDEX.sqlite") from error
 
-    def best(words: list[str], limit: int, topk: int) -> Passages:
+    def best(match: str, limit: int, topk: int) -> Passages:
         sql = """SELECT text FROM passages JOIN
             (SELECT id, score FROM
                 (SELECT rowid AS id, bm25(words) AS score FROM words WHERE words MATCH ? LIMIT ?)
             ORDER BY score, id LIMIT ?)
             USING (id) ORDER BY score, id"""
-        rows = database.execute(sql, (" OR ".join(words), limit, topk)) if words else []
+        rows = database.execute(sql, (match, limit, topk)) if match else []
         return [(zlib.decompress(text).decode(), "") for (text,) in rows]
 
     def search(query: str, topk: int) -> Passages:
         words = distinct_words(query)[:64]  # plenty; thousands would take seconds
-        sql = f"SELECT word FROM common WHERE word IN ({', '.join('?' * len(words))})"
-        common = database.execute(f"{sql} AND passages > ?", (*words, size // 50)).fetchall()
-        rare = [word for word in words if (word,) not in common]
-        return best(rare, -1, topk) or best(words, MAX_RANKED, topk)
+        sql = f"SELECT word, passages FROM common WHERE word IN ({', '.join('?' * len(words))})"
+        passages_with = dict(database.execute(sql, words))  # only of words in more than COMMON
+        rare = [word for word in words if passages_with.get(word, 0) <= size // 50]
+        ranking = [word for word in words if passages_with.get(word, 0) <= size // 2]
+        match = f"({' OR '.join(rare)}) AND ({' OR '.join(ranking)})" if rare else ""
+        return best(match, -1, topk) or best(" OR ".join(words), MAX_RANKED, topk)
     return search
 
 
