@@ -183,7 +183,8 @@ def policy_loss(logps: Tensor, advantages: Tensor, weights: Tensor, *,
     loss = -(weights * objective).sum()
     sums = {"kl": weights * kl,
             "clipped": weights * (clipped < plain)}
-    return loss, {name: values.sum().detach() for name, values in sums.items()}
+    metrics = {name: values.sum().detach() for name, values in sums.items()}
+    return loss, metrics
 
 
 # The prompt is computed once for the G samples of a group, since they differ only behind it

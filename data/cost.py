@@ -196,7 +196,7 @@ def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch
             # two layers (one is prefetched) and the tables, with their gradients
             "layer": 2 * BF16 * (2 * layer_weights(text) + tables),
             "activations": activations + layers * packed_bytes(config, shape, micro_batch_tokens),
-            # Of a chunk, with the gradient of the head: added up in fp32, each chunk's product in bf16.
+            # Of a chunk, with the gradient of the head: a sum in fp32 of products in bf16.
             "logits": (chunk + text.hidden_size) * text.vocab_size * (FP32 + BF16)}
 
 

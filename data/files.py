@@ -121,7 +121,7 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 
 def drop_cut_row(path: Path) -> None:
-    """Remove a last row without its line end, which a kill cut off. Makes a file that is missing."""
+    """Remove a last row without its line end, which a kill cut off. Makes a missing file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another process may be in the middle of a row

@@ -40,8 +40,8 @@ import make_tasks
 from build_index import index_corpus, read_corpus
 from model import encode_image, encode_prompt, export, load_policy, score
 from reward import exact_match
-from rollout import (IMAGE_READY, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate, instructions, micro_batches,
-                     replay, roll_out)
+from rollout import (IMAGE_READY, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate,
+                     instructions, micro_batches, replay, roll_out)
 from tools import CodeTool, SearchTool
 
 # Qwen's special tokens, in the hub's order: ids 151643 and up there, here the last ids.

@@ -89,8 +89,10 @@ def read_objects(path: Path) -> list[dict]:
 
 
 def _own_image(run: Path, folder: Path, name: str) -> Path | None:
-    """The path of an image that a tool made: a plain name in the folder of its rows, or, as train.py
-    writes it, behind the folder's name. None for one that leads out of the run, also by links."""
+    """The path of an image that a tool made; None if it leads out of the run, also by links.
+
+    It is a plain name in the folder of its rows, or, as train.py writes it, behind the folder's name.
+    """
     name = name.removeprefix(f"{folder.name}/")
     try:
         path = (folder / name).resolve()

@@ -21,8 +21,9 @@ from chat_server import FAULTS, QUICK, ChatServer, completion, parts, refuse, se
 from PIL import Image, ImageChops
 
 import tools
+from data.endpoint import (PROBE, ApiFailed, ApiRefused, ChatModel, chat_messages,
+                           with_thought)
 from data.tasks import load_tasks
-from evaluate import PROBE, ApiFailed, ApiRefused, ChatModel, chat_messages, with_thought
 from model import encode_text
 from reward import turn_is_valid
 from rollout import Limits, Rollout, Tools, Turn, instructions, roll_out

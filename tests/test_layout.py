@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ ORDER = ["tools", "reward", "grpo", "model", "rollout", "data", "evaluate", "tra
 SCRIPTS = [name for name in ORDER if name != "data"]  # the seven; `data` is the package beside them
 GROUND = {"tools", "reward", "grpo"}  # text, tensors, floats: none imports another
 # Of data/: what each may import of ours.
-PACKAGE = {"files": set(), "flags": set(), "tasks": {"data", "tools"}, "report": {"data", "tools"}}
+PACKAGE = {"files": set(), "flags": set(), "tasks": {"data", "tools"}, "report": {"data", "tools"},
+           "endpoint": {"tools", "rollout"}}
 FORBIDDEN = {("rollout", "reward"), ("tools", "torch")}  # (importer, imported), beyond the order
-TOKENS = 33_000  # of code in the seven files: what there is to read, however it is broken into lines
+# What there is to read, however it is broken into lines: code tokens, without comments and docstrings.
+CORE, CORE_TOKENS, ALL_TOKENS = ("train", "grpo", "reward", "rollout", "model"), 14_300, 24_500
+TOKENS_A_LINE, README_WORDS = 11, 2_200
 PACKAGES = {"torch", "transformers", "PIL", "requests", "numpy", "pytest", "tokenizers", "safetensors", "tqdm"}
 OPTIONAL = {"cv2"}  # never needed to import a file
-WIDTH = 128
+WIDTH, TEST_WIDTH = 100, 128
 MODULES = [ROOT / f"{name}.py" for name in SCRIPTS] + [ROOT / "data" / f"{name}.py" for name in PACKAGE]
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tests/*.py"),
                   *ROOT.glob("tests/*/*.py")])
@@ -61,17 +65,31 @@ def test_seven_files_stand_at_the_top():
     assert (ROOT / "data" / "__init__.py").read_text() == ""
 
 
-def test_there_is_no_more_to_read_than_agreed():
-    """Code tokens: no comments, no docstrings, and squeezing them into fewer lines gains nothing."""
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+def code_lines(path):
+    """The number of code tokens of each line that has some."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+               tokenize.ENDMARKER}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [node.body[0] for node in ast.walk(tree(path))
+                  if isinstance(node, documented) and ast.get_docstring(node)]
+    no_code = {line for text in docstrings for line in range(text.lineno, text.end_lineno + 1)}
+    found = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    return Counter(token.start[0] for token in found
+                   if token.type not in skipped and token.start[0] not in no_code)
 
-    def tokens(path):
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        docstrings = [node.body[0] for node in ast.walk(tree(path)) if isinstance(node, documented) and ast.get_docstring(node)]
-        lines = {line for text in docstrings for line in range(text.lineno, text.end_lineno + 1)}
-        found = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
-        return sum(token.type not in skipped and token.start[0] not in lines for token in found)
-    assert sum(tokens(ROOT / f"{name}.py") for name in SCRIPTS) <= TOKENS
+
+def test_there_is_no_more_to_read_than_agreed():
+    """Tokens, as squeezing code into fewer lines would gain nothing."""
+    tokens = {name: code_lines(ROOT / f"{name}.py").total() for name in SCRIPTS}
+    assert sum(tokens[name] for name in CORE) <= CORE_TOKENS
+    assert sum(tokens.values()) <= ALL_TOKENS
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= README_WORDS
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_lines_are_not_crowded(name):
+    lines = code_lines(ROOT / f"{name}.py")
+    assert lines.total() / len(lines) <= TOKENS_A_LINE
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -153,8 +171,9 @@ def says_what_it_is(node):
 
 @pytest.mark.parametrize("path", SOURCES, ids=stem)
 def test_lines_are_short(path):
+    width = TEST_WIDTH if path.is_relative_to(ROOT / "tests") else WIDTH
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert [number for number, line in enumerate(lines, start=1) if len(line) > WIDTH] == []
+    assert [number for number, line in enumerate(lines, start=1) if len(line) > width] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=stem)
@@ -165,7 +184,8 @@ def test_no_path_of_a_machine(path):
 
 
 def test_functions_fit_on_a_page():
-    """60 lines at most, docstring included; but the training loop, whose visible sequence is the lesson."""
-    long = [(stem(path), node.name) for path in MODULES for node in ast.walk(tree(path))
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60]
-    assert set(long) <= {("train", "main")}
+    """60 lines at most, docstring included; 90 for the loop, whose visible sequence is the lesson."""
+    lines = {(stem(path), node.name): node.end_lineno - node.lineno + 1 for path in MODULES
+             for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)}
+    assert lines.pop(("train", "main")) <= 90
+    assert [name for name, number in lines.items() if number > 60] == []

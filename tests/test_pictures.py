@@ -14,9 +14,9 @@ from PIL import Image, ImageOps, features
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data.endpoint import chat_messages  # noqa: E402
 from data.report import _embed  # noqa: E402
 from data.tasks import load_tasks  # noqa: E402
-from evaluate import chat_messages  # noqa: E402
 from model import encode_image, load_policy  # noqa: E402
 from rollout import Rollout, _load_image  # noqa: E402
 from tools import MAX_PIXELS, OUTPUT, CodeTool, open_picture, to_rgb  # noqa: E402

@@ -16,7 +16,8 @@ from chat_server import ChatServer, completion, parts, refuse, stand_in
 from conftest import CLEAN, environments_of_ranks, run_script
 from data.files import append_rows, drop_cut_row
 from data.tasks import load_tasks
-from evaluate import (ASKED, PROBE, ChatModel, _answer, evaluate_tasks, main, read_items,
+from data.endpoint import PROBE, ChatModel
+from evaluate import (ASKED, _answer, evaluate_tasks, main, read_items,
                       released_crop, summarize)
 from model import encode_prompt, load_policy, sample
 from PIL import Image, ImageOps
