@@ -1,35 +1,42 @@
 """The tools of the agent: find the action in a turn, run image code, search.
 
-    TOOLS                                       what the model may call, one entry a tool
-    parse_action(text) -> Action                what the model asks for
-    CodeTool().run_many([(code, image), …])     image code; each call in a child process that the kernel has locked in
-    SearchTool("sqlite:index.sqlite")           search: a local corpus, a retrieval server or the web
+    TOOLS                                     what the model may call, one entry a tool
+    parse_action(text) -> Action              what the model asks for
+    CodeTool().run_many([(code, image), …])   image code; the kernel locks in each call's process
+    SearchTool("sqlite:index.sqlite")         a local corpus, a retrieval server or the web
 
-A tool that fails returns a result that the model reads. Broken machinery raises RuntimeError instead: it is never scored as
-the model's fault. The trainer has threads, keys and a GPU, so it never forks: each worker is a warm server, this file run
-with `--serve` in a fixed environment, that has numpy, Pillow and (if there) cv2 loaded and forks a child per call. Before
-the child runs a line of the code it gives up what it could do harm with, by Linux's own means: resource limits, capabilities,
-Landlock (which files) and a seccomp filter (which system calls). What is left computes, reads the libraries and its
-picture, writes one file and sends one reply. Tests: tests/test_tools.py, and the attacks of tests/test_sandbox.py.
+A tool that fails returns a result that the model reads. Broken machinery raises RuntimeError
+instead: it is never scored as the model's fault.
 
-Covered, each line with its test:
-- loops, sleeps, code that holds the interpreter or ignores signals end at the time limit      test_time
-- no second process or thread: fork, exec, 3,000 threads; so one SIGKILL ends a call           test_processes
-- memory, at once or page by page, memfd and shared memory                                     test_memory
-- disk: large, sparse and countless files, output without end on any descriptor               test_output
-- outputs that are links, pipes, bombs or no images                                            test_output_file
-- secrets: the environment, /proc, the user's and the system's files                           test_reading
-- files of others: written, truncated, changed, removed, also by odd open flags                test_writing
-- every kind of socket, io_uring                                                               test_network
-- other processes: signals, leases, ptrace, their memory                                       test_other_processes
-- the kernel: bpf, perf, keys, mounts, namespaces, 32-bit calls                                test_kernel
-- forged, malformed, endless replies; a server or a trainer killed in a call                   test_replies, test_killed
-- the state of one call, which cannot reach the next                                           test_state
-Not covered: names, sizes and dates of files (stat works); what libraries hold; pixels and code that earlier calls left in the
-memory of their server; time on the same cores; the trainer's memory for results (48 MB each at most); bugs of the kernel.
-The output file is there from the start, empty, and no other can be made. Without Landlock (old kernels, gVisor) the code may
-open no file at all: it finds its picture as `image` and leaves a Pillow image as `result`. Without seccomp, or on no Linux,
-CodeTool refuses to start unless `unlocked=True`.
+How code runs: the trainer has threads, keys and a GPU, so it never forks. Each worker is a warm
+server: this file, run with `--serve` in a fixed environment, with numpy, Pillow and (if there) cv2
+loaded. It forks a child per call. Before the child runs a line of the code it gives up what it
+could do harm with, by Linux's own means: resource limits, capabilities, Landlock (which files) and
+a seccomp filter (which system calls). What is left computes, reads the libraries and its picture,
+writes one file and sends one reply.
+
+Covered, each line with its test in tests/test_sandbox.py:
+- code ends at the time limit: loops, sleeps, code that holds the interpreter        test_time
+- no second process or thread, so one SIGKILL ends a call                            test_processes
+- memory, at once or page by page, memfd and shared memory                           test_memory
+- disk: large, sparse and countless files, output without end on any descriptor      test_output
+- outputs that are links, pipes, bombs or no images                              test_output_file
+- secrets: the environment, /proc, the user's and the system's files                 test_reading
+- files of others: written, truncated, changed, removed, also by odd open flags      test_writing
+- every kind of socket, io_uring                                                     test_network
+- other processes: signals, leases, ptrace, their memory                     test_other_processes
+- the kernel: bpf, perf, keys, mounts, namespaces, 32-bit calls                      test_kernel
+- forged, malformed, endless replies                                                test_replies
+- a server or a trainer that is killed in a call                                      test_killed
+- the state of one call, which cannot reach the next                                  test_state
+Not covered: names, sizes and dates of files (stat works); what libraries hold; pixels and code that
+earlier calls left in the memory of their server; time on the same cores; the trainer's memory for
+results (48 MB each at most); bugs of the kernel.
+
+The output file is there from the start, empty, and no other can be made. Without Landlock (old
+kernels, gVisor) the code may open no file at all: it finds its picture as `image` and leaves a
+Pillow image as `result`. Without seccomp, or on no Linux, CodeTool refuses to start unless
+`unlocked=True`.
 """
 import ctypes
 import ipaddress
@@ -63,11 +70,14 @@ from functools import cache
 from glob import escape, glob
 from html import unescape
 from itertools import count
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unicodedata import category, normalize
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from PIL import Image
+
+if TYPE_CHECKING:  # it is imported where it is used, as servers of code do without
+    import requests
 
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the released prompt's names
 MAX_ASPECT = 200  # of a picture's sides; Qwen's image processor refuses longer strips
@@ -226,41 +236,53 @@ def _fenced_blocks(text: str) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 # ---- pictures: one way to read a file, one way to make RGB
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # of Pillow's: none starts a program
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF",
+                 "JPEG2000")  # those of Pillow's for which it starts no program
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+ORIENTATION = 0x0112  # its number in EXIF
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:
-    """The picture in a file of IMAGE_FORMATS as `to_rgb` makes it, scaled down to MAX_PIXELS if it has more.
+    """The picture in a file as `to_rgb` makes it, scaled down to MAX_PIXELS if it has more.
 
-    So code may write a picture of the size of its input, however large the file was. ValueError if it cannot be read.
+    So code may write a picture of the size of its input, however large the file was. Raises
+    ValueError if the file is not one of IMAGE_FORMATS or cannot be read.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as file:
             picture = to_rgb(file)
         scale = math.sqrt(MAX_PIXELS / (picture.width * picture.height))
-        return picture if scale >= 1 else picture.resize([max(1, int(side * scale)) for side in picture.size])
+        if scale >= 1:
+            return picture
+        return picture.resize([max(1, int(side * scale)) for side in picture.size])
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise ValueError(f"image {path} cannot be read ({error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB, the way it is meant to be seen: upright by its EXIF, on white where it is transparent.
+    """Any picture as RGB, as it is meant to be seen: upright by its EXIF, transparency on white.
 
-    Of a moving picture the first frame. Grey of more than 8 bits is scaled: 16 bits by 1/256; whole numbers of 32 bits by
-    the bytes that the brightest takes; floats by 255, unless one is above 1. A plain RGB picture is returned as it is.
+    Of a moving picture it is the first frame. Grey of more than 8 bits is scaled: 16 bits by 1/256;
+    whole numbers of 32 bits by the bytes that the brightest takes; floats by 255, unless one is
+    above 1. A plain RGB picture is returned as it is.
     """
     image.load()  # here, not in the threads that share it
     turn = None
     with suppress(Exception):  # nonsense in the EXIF block, of which Pillow raises many kinds
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     if image.mode == "RGB" and turn is None and "transparency" not in image.info:
         return image
-    shown = _eight_bits(image) if image.mode[0] in "IF" else image.convert("LA") if image.mode == "La" else image
+    shown = image
+    if image.mode[0] in "IF":
+        shown = _eight_bits(image)
+    elif image.mode == "La":
+        shown = image.convert("LA")
     if shown.has_transparency_data:
-        shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown.convert("RGBA"))
+        white = Image.new("RGBA", shown.size, "white")
+        shown = Image.alpha_composite(white, shown.convert("RGBA"))
     shown = shown.convert("RGB")  # a copy
     shown.info = {}  # or it would be turned again, the next time
     return shown if turn is None else shown.transpose(turn)
@@ -270,47 +292,62 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits as L, or LA with the one grey transparent that a 16-bit PNG names."""
     if image.mode == "F":
         import numpy
-        image = Image.fromarray(numpy.nan_to_num(numpy.asarray(image), nan=0.0, posinf=0.0, neginf=0.0))
+        values = numpy.nan_to_num(numpy.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
+        image = Image.fromarray(values)
         scale = 255 if image.getextrema()[1] <= 1 else 1
         return image.point(lambda value: value * scale + 0.5).convert("L")
     wide = image.convert("I")  # Pillow would clip it to 8 bits
-    spare = 1 if image.mode != "I" else (max(wide.getextrema()[1], 1).bit_length() - 1) // 8  # bytes below the highest
-    grey = wide.point(lambda value: value * 256.0 ** -spare).convert("L")
+    low_bytes = 1  # below the byte that is kept
+    if image.mode == "I":
+        low_bytes = (max(wide.getextrema()[1], 1).bit_length() - 1) // 8
+    grey = wide.point(lambda value: value * 256.0 ** -low_bytes).convert("L")
     if "transparency" in image.info:
-        grey.putalpha(wide.point([255 * (value != image.info["transparency"]) for value in range(1 << 16)], "L"))
+        clear = image.info["transparency"]
+        grey.putalpha(wide.point([255 * (value != clear) for value in range(1 << 16)], "L"))
     return grey
 
 
-# ---- frames: all that passes between trainer, server and child
-KINDS = ("ok", "timeout", "exception", "no_output", "bad_image", "memory", "crash")
-HEADER = struct.Struct("!IIII")  # a number, bytes of text, width, height; then the text and raw RGB
-Frame = tuple[int, str, tuple[int, int], bytes | bytearray]  # the number: ms that a call may take, or the index in KINDS
+# ---- code: what passes between trainer, server and child
+KINDS = ("ok", "timeout", "exception", "no_output", "bad_image", "memory", "crash")  # of a reply
+HEADER = struct.Struct("!IIII")  # number, bytes of text, width, height; text and pixels follow
+MAX_REPLY = 1 << 20  # bytes of text
 
 
-def _frame(number: int, text: str, image: Image.Image | None = None) -> Frame:
-    return (number, text, image.size, image.tobytes()) if image else (number, text, (0, 0), b"")
+class Frame(NamedTuple):
+    number: int  # of a request: the milliseconds that it may take; of a reply: its place in KINDS
+    text: str
+    size: tuple[int, int] = (0, 0)  # width and height of an image, if there is one
+    rgb: bytes | bytearray = b""  # its pixels
+
+    def packed(self) -> bytes:
+        """As it is sent."""
+        data = self.text.encode("utf-8", "replace")
+        return HEADER.pack(self.number, len(data), *self.size) + data + self.rgb
 
 
-def _packed(frame: Frame) -> tuple[bytes, bytes | bytearray]:
-    number, text, size, rgb = frame
-    data = text.encode("utf-8", "replace")
-    return HEADER.pack(number, len(data), *size) + data, rgb
+def _request(timeout: float, code: str, image: Image.Image) -> Frame:
+    return Frame(round(timeout * 1000), code, image.size, image.tobytes())
+
+
+def _reply(kind: str, text: str, image: Image.Image | None = None) -> Frame:
+    pixels = (image.size, image.tobytes()) if image else ()
+    return Frame(KINDS.index(kind), text, *pixels)
 
 
 def _send(sock: socket.socket, frame: Frame) -> None:
     sock.settimeout(GRACE)
-    for part in _packed(frame):
-        sock.sendall(part)
+    sock.sendall(frame.packed())
 
 
-def _receive(sock: socket.socket, deadline: float = float("inf")) -> Frame:
-    """ValueError if too large, EOFError if nobody is there, TimeoutError past the deadline (seconds of `monotonic`)."""
+def _receive(sock: socket.socket, deadline: float = math.inf) -> Frame:
+    """The next frame. The deadline is in seconds of `time.monotonic`; without one, sizes are
+    trusted: it is a request of ours. ValueError if it is too large, EOFError if the other end is
+    closed, TimeoutError past the deadline."""
     number, text_bytes, width, height = HEADER.unpack(_read(sock, HEADER.size, deadline))
-    is_reply = deadline < float("inf")  # a request waits for ever, and is ours
-    if is_reply and (text_bytes > 1 << 20 or width * height > MAX_PIXELS):
+    if deadline < math.inf and (text_bytes > MAX_REPLY or width * height > MAX_PIXELS):
         raise ValueError(f"a frame of {text_bytes} bytes of text and {width}x{height} pixels")
     text = _read(sock, text_bytes, deadline).decode("utf-8", "replace")
-    return number, text, (width, height), _read(sock, width * height * 3, deadline)
+    return Frame(number, text, (width, height), _read(sock, width * height * 3, deadline))
 
 
 def _read(sock: socket.socket, size: int, deadline: float) -> bytearray:
@@ -319,145 +356,293 @@ def _read(sock: socket.socket, size: int, deadline: float) -> bytearray:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        sock.settimeout(None if left == float("inf") else left)
-        count = sock.recv_into(memoryview(data)[done:])
-        if count == 0:
+        sock.settimeout(None if left == math.inf else left)
+        received = sock.recv_into(memoryview(data)[done:])
+        if received == 0:
             raise EOFError
-        done += count
+        done += received
     return data
 
 
-# ---- the lock: what the kernel lets the child do
-# System calls as "name x86_64 aarch64", "-" where a machine has none. All others fail with PermissionError.
-SYSCALLS = """read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, openat 257 56,
-    close 3 57, dup 32 23, dup2 33 -, dup3 292 24, fcntl 72 25, fsync 74 82, fdatasync 75 83, ftruncate 77 46,
-    fadvise64 221 223, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48,
-    faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, getdents64 217 61, mmap 9 222, mprotect 10 226,
-    munmap 11 215, mremap 25 216, madvise 28 233, msync 26 227, mincore 27 232, brk 12 214, futex 202 98,
-    sched_yield 24 124, sched_getaffinity 204 123, getcpu 309 168, getrandom 318 278, uname 63 160, sysinfo 99 179,
-    clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, gettimeofday 96 169,
-    time 201 -, times 100 153, getrusage 98 165, getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174,
-    geteuid 107 175, getgid 104 176, getegid 108 177, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
-    sigaltstack 131 132, restart_syscall 219 128, exit 60 93, exit_group 231 94"""
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
-CHECKED = {  # (which argument, mask, values that are allowed)
-    # O_TRUNC (0x200) only together with writing, and never the access mode 3: until Landlock's third version either emptied
-    # any file that the user may write.
-    "openat": (2, 0x203, (0, 1, 2, 0x201, 0x202)),
-    "fcntl": (1, 0xFFFFFFFF, (0, 1, 2, 3, 1030)),  # duplicate, flags: a lease or an owner would send signals to others
-}
-ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # REFUSE: with EPERM
+# ---- code: the trainer's side
+# A server gets these variables and, of ours, those without which some interpreters do not start
+# (those of a cluster's modules, for instance).
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                      "PYTHONHASHSEED": "0",  # sets in the same order each time
+                      # A fresh child touches many pages: large ones save a fifth of its time.
+                      "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+START = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "NIX_LD",
+         "NIX_LD_LIBRARY_PATH", "PYTHONHOME")
+NO_LOCK = 3  # exit status of a server that cannot lock code in
 
 
-def _seccomp_filter(may_open: bool) -> bytes:
-    """The filter, a program over (call, machine, arguments) in classic BPF: (code, jump if equal, jump if not, value)."""
-    column, machine = MACHINES[platform.machine()]
-    load, mask, equal, end = 0x20, 0x54, 0x15, 0x06
-    program = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, KILL), (load, 0, 0, 0)]  # other machine: int 0x80
-    for name, *numbers in (entry.split() for entry in SYSCALLS.split(",")):
-        if numbers[column] == "-" or (name == "openat" and not may_open):
-            continue
-        body = [(end, 0, 0, ALLOW)]
-        if name in CHECKED:
-            argument, bits, values = CHECKED[name]
-            tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-            body = [(load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits), *tests, (end, 0, 0, REFUSE), *body]
-        program += [(equal, 0, len(body), int(numbers[column])), *body]
-    return b"".join(struct.pack("=HBBI", *line) for line in [*program, (end, 0, 0, REFUSE)])
+class Server(NamedTuple):
+    process: subprocess.Popen
+    sock: socket.socket
+    folder: str
 
 
-def _libc(function: str, *args: int | bytes) -> int:
-    """A call that Python has no name for. OSError if it fails."""
-    passed = [arg if isinstance(arg, bytes) else ctypes.c_ulong(arg) for arg in args]
-    result = getattr(ctypes.CDLL(None, use_errno=True), function)(*passed)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {function}{args}")
-    return result
+class CodeTool:
+    """Runs image code on `workers` warm servers, at most `timeout` seconds a call.
+
+    A context manager. `unlocked` accepts plain child processes, which may do all that the user may,
+    where there is no Linux with seccomp. Raises RuntimeError if no server can be started.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 5.0, unlocked: bool = False):
+        self.timeout, self._unlocked = timeout, unlocked
+        self._pool = ThreadPoolExecutor(workers)  # a thread a server, so one is always idle
+        self._idle = list(self._pool.map(lambda _: self._start(), range(workers)))
+
+    def __enter__(self) -> "CodeTool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the calls under way and end the servers. Later calls raise RuntimeError."""
+        self._pool.shutdown()
+        while self._idle:
+            self._stop(self._idle.pop())
+
+    def run(self, code: str, image: Image.Image) -> ToolResult:
+        """`run_many` of one call."""
+        return self.run_many([(code, image)])[0]
+
+    def run_many(self, calls: list[tuple[str, Image.Image]]) -> list[ToolResult]:
+        """Results of calls that run side by side, in the order of the calls.
+
+        RuntimeError if the machinery is broken.
+        """
+        # Made RGB before the threads start: two of them must not load the same file at once.
+        return list(self._pool.map(self._call, [(code, to_rgb(image)) for code, image in calls]))
+
+    def _call(self, call: tuple[str, Image.Image]) -> ToolResult:
+        started, server = time.monotonic(), self._idle.pop()
+        try:
+            reply = self._ask(server, *call)
+            if reply is None:  # its server was killed: once more, on a new one
+                server = self._start()
+                reply = self._ask(server, *call)
+        finally:
+            self._idle.append(server)  # a broken one too, for close()
+        reply = reply or _reply("crash", "Error: the server of the code was killed")
+        kind = KINDS[reply.number] if reply.number < len(KINDS) else "crash"
+        text, image, (width, height) = reply.text, None, reply.size
+        if kind == "ok" and (min(width, height) < min(MIN_SIDE, *call[1].size)
+                             or max(width, height) > MAX_ASPECT * min(width, height)):
+            kind = "bad_image"
+            text = f"Error: '{OUTPUT}' has {width}x{height} pixels: too small or too narrow"
+        elif kind == "ok":
+            image = Image.frombytes("RGB", reply.size, reply.rgb)
+        text = text.encode()[:MAX_TEXT].decode(errors="ignore")
+        error = None if kind == "ok" else kind
+        return ToolResult(kind == "ok", text, image, error, time.monotonic() - started)
+
+    def _ask(self, server: Server, code: str, image: Image.Image) -> Frame | None:
+        """The reply; None if a signal ended the server. RuntimeError if it failed by itself."""
+        try:
+            _send(server.sock, _request(self.timeout, code, image))
+            return _receive(server.sock, time.monotonic() + self.timeout + 2 * GRACE)
+        except (EOFError, OSError, ValueError) as error:
+            if self._stop(server) < 0:
+                return None
+            raise RuntimeError("the code server failed by itself; its traceback is on stderr"
+                               ) from error
+
+    def _start(self, again: bool = True) -> Server:
+        """A server that works. RuntimeError if it does not start."""
+        ours, theirs = socket.socketpair()
+        folder = tempfile.mkdtemp(prefix="code_tool_")
+        # Isolated, but not by -I, which would ignore START; there are no other variables.
+        command = [sys.executable, "-sP", os.path.abspath(__file__), "--serve"]
+        if self._unlocked:
+            command.append("--unlocked")
+        with theirs:
+            process = subprocess.Popen(
+                command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder,
+                start_new_session=True, env=SERVER_ENVIRONMENT | _start_variables())
+        server = Server(process, ours, folder)
+        with suppress(EOFError, OSError):
+            first = _receive(ours, time.monotonic() + 4 * GRACE)
+            if first.number == KINDS.index("ok"):
+                if first.text:
+                    warnings.warn(first.text, stacklevel=2)
+                return server
+        status = self._stop(server)
+        if status < 0 and again:  # killed
+            return self._start(again=False)
+        way_out = (f"{sys.executable} must find Python, Pillow and numpy with no other variables "
+                   f"than {', '.join(START)}")
+        if status == NO_LOCK:
+            way_out = ("where the kernel cannot lock code in, unlocked=True (--code_unlocked True) "
+                       "accepts plain child processes")
+        raise RuntimeError(f"the code server does not start (exit status {status}, see its message "
+                           f"on stderr); {way_out}")
+
+    def _stop(self, server: Server) -> int:
+        """End a server. Its exit status, negative if a signal of others ended it."""
+        server.sock.close()  # a healthy server ends by itself at this
+        try:
+            return server.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+            server.process.wait()
+            return 1
+        finally:
+            shutil.rmtree(server.folder, ignore_errors=True)
 
 
-def _landlock_version() -> int:
-    """0 where the kernel has none."""
-    with suppress(OSError):
-        return _libc("syscall", 444, 0, 0, 1)
-    return 0
+def _start_variables() -> dict[str, str]:
+    """Those of START that are set here, with the paths that exist."""
+    def existing(value: str) -> str:
+        paths = value.split(":")
+        return ":".join(path for path in paths if os.path.isabs(path) and os.path.exists(path))
+    return {name: existing(os.environ[name]) for name in START if name in os.environ}
 
 
-def _landlock(version: int) -> None:
-    """From now on this process reads the libraries and its folder, and writes the output file, which is there already."""
-    read, list_folder, write, truncate = 1 << 2, 1 << 3, 1 << 1, 1 << 14
-    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # refuse all file rights that this kernel knows
-    attributes = struct.pack("=QQQ", every, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]  # and TCP, signals
-    ruleset = _libc("syscall", 444, attributes, len(attributes), 0)
-    files = "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom"
-    paths = {path: read for path in (*_libraries(), *files)}
-    for path, rights in {**paths, os.getcwd(): read, os.devnull: read | write, OUTPUT: read | write | truncate}.items():
-        if os.path.exists(path):
-            rights = (rights | list_folder if os.path.isdir(path) else rights) & every
-            beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            _libc("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, beneath), 0)
-            os.close(beneath)
-    _libc("syscall", 446, ruleset, 0)
-
-
-@cache
-def _libraries() -> list[str]:
-    """Folders of libraries; and what else the loader finds by its variables, as files: those folders may hold anything."""
-    prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
-    folders = {os.path.realpath(os.path.join(prefix, lib)) for prefix in prefixes for lib in ("lib", "lib64")}
-    named = [folder for name in START if name.endswith("_PATH") for folder in os.environ.get(name, "").split(":") if folder]
-    files = {os.path.realpath(file) for folder in named for file in glob(f"{escape(folder)}/*.so*")}
-    return [*folders, *(file for file in files if not file.startswith(tuple(f"{folder}/" for folder in folders)))]
-
-
-def _lock(program: bytes, version: int) -> None:
-    _libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    _libc("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))  # of this process: no capabilities, for root neither
-    if version:
-        _landlock(version)
-    os.closerange(LINE + 1, 1 << 16)
-    buffer = ctypes.create_string_buffer(program, len(program))
-    _libc("prctl", 22, 2, struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP, as a filter
-
-
-# ---- the child: one call
-LINE = 3  # its file descriptor to the server
-Lock = tuple[bytes, int]  # the seccomp program, the version of Landlock (0: none)
+# ---- code: the server, which forks one child after another
+LINE = 3  # a child's file descriptor to its server
 LOCKED = b"!"  # sent when the lock is on: what goes wrong before it is never the code's fault
+LOCK_TEST = """
+import os, socket
+for attempt in (socket.socket, lambda: os.getsid(0), lambda: os.listdir("/")):
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    raise SystemError(f"{attempt} works: the lock does not hold")
+"""
 
 
-def _child(request: Frame, folder: str, line: int, lock: Lock | None) -> None:
+class Lock(NamedTuple):
+    program: bytes  # the seccomp filter
+    landlock: int  # the version of Landlock; 0: none
+
+
+def _serve(unlocked: bool) -> None:
+    """Answer the requests on file descriptor 0 until the trainer closes its end or dies."""
+    import numpy.random  # noqa: F401  loaded here, once for all children
+    import PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter, PIL.ImageShow  # noqa: E401, F401
+    PIL.ImageShow._viewers.clear()  # much code ends by showing its picture: no viewer, no error
+    with suppress(ImportError):
+        import cv2
+        cv2.setNumThreads(0)  # threads do not survive a fork
+        cv2.imshow = cv2.namedWindow = cv2.waitKey = cv2.destroyAllWindows = lambda *_, **__: -1
+    Image.init()
+    sys.argv = ["code.py"]
+    lock = None if unlocked else _make_lock()
+    sock = socket.socket(fileno=0)
+    try:
+        _test_server(lock)
+        reply = _reply("ok", "")
+        if lock and not lock.landlock:
+            reply = _reply("ok", "no Landlock in this kernel: image code may open no file, "
+                           "only use `image` and `result`")
+        with suppress(EOFError, ConnectionError):
+            while True:
+                _send(sock, reply)
+                reply = None  # the code of the next call could find it in this frame
+                reply = _serve_call(_receive(sock), lock)
+    finally:
+        shutil.rmtree(os.getcwd(), ignore_errors=True)  # the trainer may have been killed
+
+
+def _make_lock() -> Lock:
+    """Ends the server with NO_LOCK where the system has no such lock."""
+    if sys.platform != "linux" or platform.machine() not in MACHINES:
+        print(f"image code can be locked in on Linux only, on {' or '.join(MACHINES)}",
+              file=sys.stderr)
+        sys.exit(NO_LOCK)
+    version = _landlock_version()
+    _libraries()  # here, once for all children
+    return Lock(_seccomp_filter(may_open=version > 0), version)
+
+
+def _test_server(lock: Lock | None) -> None:
+    """Run a call that must work, and see that the lock holds. Ends the server if not."""
+    test = "result = image" + LOCK_TEST * (lock is not None)
+    image = Image.new("RGB", (MIN_SIDE, MIN_SIDE))
+    try:
+        reply = _serve_call(_request(GRACE, test, image), lock)
+        failure = None if reply.number == KINDS.index("ok") else reply.text
+    except RuntimeError as error:
+        failure = error
+    if failure is not None:
+        print(f"the self-test of the code server failed: {failure}", file=sys.stderr)
+        sys.exit(NO_LOCK if lock else 1)
+
+
+def _serve_call(request: Frame, lock: Lock | None) -> Frame:
+    """The reply of a new child. RuntimeError if it cannot be locked in."""
+    folder, seconds = tempfile.mkdtemp(dir=os.getcwd()), request.number / 1000
+    picture = Image.frombytes("RGB", request.size, request.rgb)
+    picture.save(os.path.join(folder, INPUT), "BMP")  # the fastest; readers look at the content
+    open(os.path.join(folder, OUTPUT), "wb").close()  # a locked child can make no file
+    ours, theirs = socket.socketpair()
+    is_locked, child = False, os.fork()
+    if child == 0:
+        ours.close()
+        _child(request.text, picture, seconds, folder, theirs.fileno(), lock)
+    theirs.close()
+    try:
+        with suppress(EOFError, TimeoutError):
+            is_locked = _read(ours, 1, time.monotonic() + GRACE) == LOCKED
+        if not is_locked:
+            raise RuntimeError("the child could not be locked in; its traceback is above")
+        return _receive(ours, time.monotonic() + seconds)
+    except TimeoutError:
+        return _reply("timeout", f"Error: the code ran longer than {seconds:g} s")
+    except (EOFError, OSError, ValueError):
+        return _reply("crash", "Error: the process of the code died")
+    finally:  # one process when locked; unlocked code may have started more
+        for kill in (os.killpg, os.kill):
+            with suppress(ProcessLookupError, PermissionError):
+                kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        ours.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- code: the child, which runs one call
+def _child(code: str, image: Image.Image, seconds: float, folder: str, line: int,
+           lock: Lock | None) -> None:
     """Never returns: whatever goes wrong in here must not run on as a second server."""
     try:
-        timeout_ms, code, size, rgb = request
-        _confine(folder, timeout_ms / 1000, line, lock)
+        _confine(folder, seconds, line, lock)
         os.write(LINE, LOCKED)
         os.dup2(0, 2)  # from here on errors are the model's
         import numpy  # is loaded
-        random.seed(0), numpy.random.seed(0)  # the same call has the same result
-        kind, text, image = _run_code(code, Image.frombytes("RGB", size, rgb), os.path.join(folder, OUTPUT))
-        text = text.replace(os.path.join(folder, ""), "").replace(folder, ".")  # its name is another each time, …
-        text = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", text)  # … and so are addresses
+        random.seed(0)  # the same call has the same result
+        numpy.random.seed(0)
+        kind, text, image = _run_code(code, image, os.path.join(folder, OUTPUT))
+        text = text.replace(os.path.join(folder, ""), "").replace(folder, ".")  # a random name
+        text = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", text)  # addresses are random too
         with open(LINE, "wb") as file:
-            file.writelines(_packed(_frame(KINDS.index(kind), text[:MAX_TEXT], image)))
+            file.write(_reply(kind, text[:MAX_TEXT], image).packed())
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
 
 
-def _confine(folder: str, timeout: float, line: int, lock: Lock | None) -> None:
+def _confine(folder: str, seconds: float, line: int, lock: Lock | None) -> None:
     """What fails in here is the machinery's fault: nothing of the code has run yet."""
     server = os.getppid()
     os.setsid()
     os.chdir(folder)
-    limits = {resource.RLIMIT_CPU: int(timeout) + 2, resource.RLIMIT_FSIZE: 64 << 20, resource.RLIMIT_NOFILE: 64,
-              resource.RLIMIT_CORE: 1}  # bytes: at 0 the kernel would still feed a core to a crash reporter
+    limits = {resource.RLIMIT_CPU: int(seconds) + 2, resource.RLIMIT_FSIZE: 64 << 20,
+              resource.RLIMIT_NOFILE: 64,
+              resource.RLIMIT_CORE: 1}  # bytes: at 0 the kernel would still feed a crash reporter
     if sys.platform == "linux":
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # some containers have it read-only
-            file.write("1000")  # where memory runs out, the kernel ends this process, not the trainer
+        # Where memory runs out, the kernel ends this process, not the trainer.
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # some containers have the file read-only
         with open("/proc/self/statm") as file:
-            limits[resource.RLIMIT_AS] = int(file.read().split()[0]) * resource.getpagesize() + (2 << 30)
-        _libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the server, which has one thread, …
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        limits[resource.RLIMIT_AS] = now + (2 << 30)
+        _libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the server, …
         if os.getppid() != server:  # … or now, if it died before
             os._exit(1)
     for limit, value in limits.items():
@@ -469,19 +654,20 @@ def _confine(folder: str, timeout: float, line: int, lock: Lock | None) -> None:
     os.dup2(null, 1)
     os.dup2(line, LINE)
     if lock:
-        _lock(*lock)
+        _lock_in(lock)
 
 
 def _run_code(code: str, image: Image.Image, output: str) -> tuple[str, str, Image.Image | None]:
     """(kind, text, image) of one call."""
     script, said = {"__name__": "__main__", "__file__": "code.py", "image": image}, ""
     try:
-        # One dict for globals and locals, as in a script: functions and comprehensions see the imports.
+        # One dict for globals and locals, as in a script: functions must see the imports.
         exec(compile(code, "<code>", "exec", dont_inherit=True), script)
     except SystemExit as end:  # a script may end so; what counts is its output
         said = f": {end.code}" if isinstance(end.code, str) else ""
     except BaseException as error:  # the model's code may raise anything
-        return "memory" if isinstance(error, MemoryError) else "exception", f"Error: {_describe(error)}", None
+        kind = "memory" if isinstance(error, MemoryError) else "exception"
+        return kind, f"Error: {_describe(error)}", None
     try:
         made = result if isinstance(result := script.get("result"), Image.Image) else None
         script.clear()  # closes the files that it left open
@@ -497,210 +683,139 @@ def _run_code(code: str, image: Image.Image, output: str) -> tuple[str, str, Ima
 
 
 def _describe(error: BaseException) -> str:
-    """`line 3: NameError: name 'x' is not defined`; the line is the deepest one inside the model's code."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<code>"]
+    """`line 3: NameError: name 'x' is not defined`; the deepest line inside the model's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == "<code>"]
     line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame
     message = " ".join(traceback.format_exception_only(error)[-1].split())
     return f"line {line}: {message}" if line else message
 
 
-# ---- the server: one child after another
-def _png(size: tuple[int, int], rgb: bytearray) -> list[bytes]:
-    """Not compressed: Pillow takes ten times as long, as it tries filters even then. Pillow and cv2 look at the content."""
-    stride = 3 * size[0]
-    rows = b"".join([part for at in range(0, len(rgb), stride) for part in (b"\0", memoryview(rgb)[at:at + stride])])
-    parts = [b"\x89PNG\r\n\x1a\n"]
-    header = struct.pack("!IIBBBBB", *size, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")):
-        parts += [struct.pack("!I", len(data)), kind, data, struct.pack("!I", zlib.crc32(data, zlib.crc32(kind)))]
-    return parts
+# ---- code: the lock, which is what the kernel lets the child do
+# System calls as "name x86_64 aarch64", "-" where a machine has none. All others are refused.
+SYSCALLS = """read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68,
+    lseek 8 62, openat 257 56, close 3 57, dup 32 23, dup2 33 -, dup3 292 24, fcntl 72 25,
+    fsync 74 82, fdatasync 75 83, ftruncate 77 46, fadvise64 221 223, stat 4 -, lstat 6 -,
+    fstat 5 80, newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48,
+    faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, getdents64 217 61,
+    mmap 9 222, mprotect 10 226, munmap 11 215, mremap 25 216, madvise 28 233, msync 26 227,
+    mincore 27 232, brk 12 214, futex 202 98, sched_yield 24 124, sched_getaffinity 204 123,
+    getcpu 309 168, getrandom 318 278, uname 63 160, sysinfo 99 179, clock_gettime 228 113,
+    clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, gettimeofday 96 169,
+    time 201 -, times 100 153, getrusage 98 165, getpid 39 172, gettid 186 178, getppid 110 173,
+    getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, rt_sigaction 13 134,
+    rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128,
+    exit 60 93, exit_group 231 94"""
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
+CHECKED = {  # (which argument, mask, values that are allowed)
+    # O_TRUNC (0x200) only together with writing, and never the access mode 3: until Landlock's
+    # third version either emptied any file that the user may write.
+    "openat": (2, 0x203, (0, 1, 2, 0x201, 0x202)),
+    # Only to duplicate and for flags: a lease or an owner would send signals to others.
+    "fcntl": (1, 0xFFFFFFFF, (0, 1, 2, 3, 1030)),
+}
+# A seccomp filter is a program in classic BPF. Its operations, where it reads, and what it returns:
+BPF_LOAD, BPF_MASK, BPF_JUMP_IF_EQUAL, BPF_RETURN = 0x20, 0x54, 0x15, 0x06
+AT_CALL, AT_MACHINE, AT_ARGUMENTS = 0, 4, 16  # bytes in struct seccomp_data; 8 an argument
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # REFUSE: with EPERM
+# Numbers of <linux/prctl.h>, <linux/seccomp.h>, <linux/capability.h> and <linux/landlock.h>.
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER, CAPABILITY_VERSION_3 = 2, 0x20080522
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # system calls
+LANDLOCK_GET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
+WRITE_FILE, READ_FILE, READ_FOLDER, TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
+FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many each version knows; later ones know 16
 
 
-SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # and nothing of ours
-                      "PYTHONHASHSEED": "0",  # sets in the same order each time
-                      "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a fresh child touches many pages: large ones save a fifth
-# Of our environment, without which some interpreters do not start (those of a cluster's modules, for instance).
-START = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "PYTHONHOME")
-NO_LOCK = 3  # exit status of a server that cannot lock code in
-LOCK_TEST = """
-import os, socket
-for attempt in (socket.socket, lambda: os.getsid(0), lambda: os.listdir("/")):
-    try:
-        attempt()
-    except PermissionError:
-        continue
-    raise SystemError(f"{attempt} works: the lock does not hold")
-"""
+def _lock_in(lock: Lock) -> None:
+    """From here on this process can do only what the lock allows. OSError if it does not close."""
+    _libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)  # 0: of this process
+    _libc("capset", header, bytes(24))  # no capabilities, for root neither
+    if lock.landlock:
+        _landlock(lock.landlock)
+    os.closerange(LINE + 1, 1 << 16)
+    buffer = ctypes.create_string_buffer(lock.program, len(lock.program))
+    program = struct.pack("@HP", len(lock.program) // 8, ctypes.addressof(buffer))
+    _libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program)
 
 
-def _serve(unlocked: bool) -> None:
-    """Answers the requests on file descriptor 0 until the trainer closes its end or dies."""
-    import numpy.random, PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter, PIL.ImageShow  # noqa: E401, F401  warm for all
-    PIL.ImageShow._viewers.clear()  # much code ends by showing its picture: no viewer, no error
-    with suppress(ImportError):
-        import cv2
-        cv2.setNumThreads(0)  # threads do not survive a fork
-        cv2.imshow = cv2.namedWindow = cv2.waitKey = cv2.destroyAllWindows = lambda *_, **__: -1  # likewise
-    Image.init()
-    sys.argv = ["code.py"]
-    lock, warning = None, ""
-    if not unlocked:
-        if sys.platform != "linux" or platform.machine() not in MACHINES:
-            print(f"image code can be locked in on Linux only, on {' or '.join(MACHINES)}", file=sys.stderr)
-            sys.exit(NO_LOCK)
-        version = _landlock_version()
-        lock = _seccomp_filter(may_open=version > 0), version
-        _libraries()  # here, once for all children
-        warning = "" if version else "no Landlock in this kernel: image code may open no file, only use `image` and `result`"
-    sock = socket.socket(fileno=0)
-    try:
-        test = "result = image" + LOCK_TEST * (not unlocked)  # what fails here is our fault
-        try:
-            number, text, *_ = _serve_call(_frame(round(GRACE * 1000), test, Image.new("RGB", (MIN_SIDE, MIN_SIDE))), lock)
-        except RuntimeError as error:
-            number, text = None, error
-        if number != KINDS.index("ok"):
-            print(f"the self-test of the code server failed: {text}", file=sys.stderr)
-            sys.exit(1 if unlocked else NO_LOCK)
-        reply = _frame(number, warning)
-        with suppress(EOFError, ConnectionError):
-            while True:
-                _send(sock, reply)
-                reply = None  # the code of the next call could find it in this frame
-                reply = _serve_call(_receive(sock), lock)
-    finally:
-        shutil.rmtree(os.getcwd(), ignore_errors=True)  # the trainer may have been killed
+def _seccomp_filter(may_open: bool) -> bytes:
+    """The filter, instructions of (operation, jump if equal, jump if not, value)."""
+    column, machine = MACHINES[platform.machine()]
+    program = [(BPF_LOAD, 0, 0, AT_MACHINE), (BPF_JUMP_IF_EQUAL, 1, 0, machine),
+               (BPF_RETURN, 0, 0, KILL),  # a call as another machine numbers them: int 0x80
+               (BPF_LOAD, 0, 0, AT_CALL)]
+    for entry in SYSCALLS.split(","):
+        name, *numbers = entry.split()
+        if numbers[column] == "-" or (name == "openat" and not may_open):
+            continue
+        body = [(BPF_RETURN, 0, 0, ALLOW)]
+        if name in CHECKED:
+            argument, mask, values = CHECKED[name]
+            tests = [(BPF_JUMP_IF_EQUAL, len(values) - i, 0, value)
+                     for i, value in enumerate(values)]
+            body = [(BPF_LOAD, 0, 0, AT_ARGUMENTS + 8 * argument), (BPF_MASK, 0, 0, mask), *tests,
+                    (BPF_RETURN, 0, 0, REFUSE), *body]
+        program += [(BPF_JUMP_IF_EQUAL, 0, len(body), int(numbers[column])), *body]
+    program.append((BPF_RETURN, 0, 0, REFUSE))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _serve_call(request: Frame, lock: Lock | None) -> Frame:
-    timeout_ms, _, size, rgb = request
-    folder = tempfile.mkdtemp(dir=os.getcwd())
-    for name, content in ((INPUT, _png(size, rgb)), (OUTPUT, [])):  # the locked child cannot make a file, only fill this one
-        with open(os.path.join(folder, name), "wb") as file:
-            file.writelines(content)
-    ours, theirs = socket.socketpair()
-    locked, child = False, os.fork()
-    if child == 0:
-        ours.close()
-        _child(request, folder, theirs.fileno(), lock)
-    theirs.close()
-    try:
-        with suppress(EOFError, TimeoutError):
-            locked = _read(ours, 1, time.monotonic() + GRACE) == LOCKED
-        if not locked:
-            raise RuntimeError("the child could not be locked in; its traceback is above")
-        return _receive(ours, time.monotonic() + timeout_ms / 1000)
-    except TimeoutError:
-        return _frame(KINDS.index("timeout"), f"Error: the code ran longer than {timeout_ms / 1000:g} s")
-    except (EOFError, OSError, ValueError):
-        return _frame(KINDS.index("crash"), "Error: the process of the code died")
-    finally:  # one process when locked; unlocked code may have started more
-        for kill in (os.killpg, os.kill):
-            with suppress(ProcessLookupError, PermissionError):
-                kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        ours.close()
-        shutil.rmtree(folder, ignore_errors=True)
+def _landlock(version: int) -> None:
+    """From here on this process reads the libraries and its folder, and writes the output file."""
+    all_rights = (1 << FILE_RIGHTS.get(version, 16)) - 1  # to files, as far as this kernel knows
+    refused = [all_rights]
+    if version >= 4:
+        refused.append(3)  # to listen and to connect by TCP
+    if version >= 6:
+        refused.append(3)  # to reach sockets and processes outside
+    attributes = struct.pack(f"={len(refused)}Q", *refused)
+    ruleset = _libc("syscall", LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
+    files = "/etc/ld.so.cache", "/usr/share/fonts", "/usr/share/zoneinfo", "/dev/urandom"
+    rights_to = dict.fromkeys([*_libraries(), *files, os.getcwd()], READ_FILE)
+    rights_to |= {os.devnull: READ_FILE | WRITE_FILE, OUTPUT: READ_FILE | WRITE_FILE | TRUNCATE}
+    for path, rights in rights_to.items():
+        if not os.path.exists(path):
+            continue
+        if os.path.isdir(path):
+            rights |= READ_FOLDER
+        beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", rights & all_rights, beneath)
+        _libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+        os.close(beneath)
+    _libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0)
 
 
-# ---- the code tool: the trainer's side
-class CodeTool:
-    """Runs image code on `workers` warm servers, at most `timeout` seconds a call. A context manager.
+def _landlock_version() -> int:
+    """0 where the kernel has none."""
+    with suppress(OSError):
+        return _libc("syscall", LANDLOCK_CREATE_RULESET, 0, 0, LANDLOCK_GET_VERSION)
+    return 0
 
-    `unlocked` accepts plain child processes, which may do all that the user may: where there is no Linux with seccomp.
-    """
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0, unlocked: bool = False):
-        self.timeout, self._unlocked = timeout, unlocked
-        self._pool = ThreadPoolExecutor(workers)  # as many threads as servers: `_idle` is never empty when one asks
-        self._idle = list(self._pool.map(lambda _: self._start(), range(workers)))
+@cache
+def _libraries() -> list[str]:
+    """Folders of libraries. Of the loader's own variables only the libraries, as files: such a
+    folder may hold anything."""
+    prefixes = {sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/"}
+    folders = {os.path.realpath(os.path.join(prefix, lib))
+               for prefix in prefixes for lib in ("lib", "lib64")}
+    named = [folder for name in START if name.endswith("_PATH")
+             for folder in os.environ.get(name, "").split(":") if folder]
+    files = {os.path.realpath(file) for folder in named for file in glob(f"{escape(folder)}/*.so*")}
+    inside = tuple(f"{folder}/" for folder in folders)
+    return [*folders, *(file for file in files if not file.startswith(inside))]
 
-    def __enter__(self) -> "CodeTool":
-        return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Waits for the calls under way and ends the servers. Later calls raise RuntimeError."""
-        self._pool.shutdown()
-        while self._idle:
-            self._stop(*self._idle.pop())
-
-    def run(self, code: str, image: Image.Image) -> ToolResult:
-        return self.run_many([(code, image)])[0]
-
-    def run_many(self, calls: list[tuple[str, Image.Image]]) -> list[ToolResult]:
-        """Side by side; the results stand in the order of the calls. RuntimeError if the machinery is broken."""
-        # Converted before the threads start: loading a file image, which a group shares, in two of them is not safe.
-        return list(self._pool.map(self._call, [(code, to_rgb(image)) for code, image in calls]))
-
-    def _call(self, call: tuple[str, Image.Image]) -> ToolResult:
-        started, server = time.monotonic(), self._idle.pop()
-        try:
-            reply = self._ask(*server, *call)
-            if reply is None:  # its server was killed: once more, on a new one
-                server = self._start()
-                reply = self._ask(*server, *call)
-        finally:
-            self._idle.append(server)  # a broken one too, for close()
-        number, text, (width, height), rgb = reply or _frame(KINDS.index("crash"), "Error: the server of the code was killed")
-        kind, image = KINDS[number] if number < len(KINDS) else "crash", None
-        if kind == "ok" and (min(width, height) < min(MIN_SIDE, *call[1].size)
-                             or max(width, height) > MAX_ASPECT * min(width, height)):
-            kind, text = "bad_image", f"Error: '{OUTPUT}' has {width}x{height} pixels: too small or too narrow"
-        elif kind == "ok":
-            image = Image.frombytes("RGB", (width, height), rgb)
-        text = text.encode()[:MAX_TEXT].decode(errors="ignore")
-        return ToolResult(kind == "ok", text, image, None if kind == "ok" else kind, time.monotonic() - started)
-
-    def _ask(self, process: subprocess.Popen, sock: socket.socket, folder: str, code: str, image: Image.Image
-             ) -> Frame | None:
-        """The reply of a server, None if a signal ended it. RuntimeError if it failed by itself."""
-        try:
-            _send(sock, _frame(round(self.timeout * 1000), code, image))
-            return _receive(sock, time.monotonic() + self.timeout + 2 * GRACE)
-        except (EOFError, OSError, ValueError) as error:
-            if self._stop(process, sock, folder) >= 0:
-                raise RuntimeError("the code server failed by itself; its traceback is on stderr") from error
-            return None
-
-    def _start(self, again: bool = True) -> tuple[subprocess.Popen, socket.socket, str]:
-        """A server that works: no open files pass to it, of the environment START. RuntimeError if it does not start."""
-        ours, theirs = socket.socketpair()
-        passed = {name: ":".join(path for path in os.environ[name].split(":") if os.path.isabs(path) and os.path.exists(path))
-                  for name in START if name in os.environ}
-        folder = tempfile.mkdtemp(prefix="code_tool_")
-        with theirs:
-            # Isolated, but for the variables that -I would ignore: no others are there.
-            command = [sys.executable, "-sP", os.path.abspath(__file__), "--serve", *["--unlocked"] * self._unlocked]
-            process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True,
-                                       env=SERVER_ENVIRONMENT | passed)
-        with suppress(EOFError, OSError):
-            number, warning, *_ = _receive(ours, time.monotonic() + 4 * GRACE)
-            if number == KINDS.index("ok"):
-                if warning:
-                    warnings.warn(warning, stacklevel=2)
-                return process, ours, folder
-        status = self._stop(process, ours, folder)
-        if status < 0 and again:  # killed
-            return self._start(again=False)
-        raise RuntimeError(f"the code server does not start (exit status {status}, see its message on stderr); " + (
-            "where the kernel cannot lock code in, unlocked=True (--code_unlocked True) accepts plain child processes"
-            if status == NO_LOCK else
-            f"{sys.executable} must find Python, Pillow and numpy with no other variables than {', '.join(START)}"))
-
-    def _stop(self, process: subprocess.Popen, sock: socket.socket, folder: str) -> int:
-        """The exit status, negative if a signal of others ended it."""
-        sock.close()  # a healthy server ends by itself at this
-        try:
-            return process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return 1
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+def _libc(function: str, *args: int | bytes) -> int:
+    """A call that Python has no name for. OSError if it fails."""
+    passed = [arg if isinstance(arg, bytes) else ctypes.c_ulong(arg) for arg in args]
+    result = getattr(ctypes.CDLL(None, use_errno=True), function)(*passed)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{os.strerror(number)}: {function}{args}")
+    return result
 
 
 # ---- the search tool

@@ -135,14 +135,15 @@ WARM = """    Image.init()
     import encodings.idna, fcntl, mmap, multiprocessing.popen_fork, multiprocessing.shared_memory, multiprocessing.synchronize
     import pickle, tarfile, zipfile
 """
+GET_VERSION = 'return _libc("syscall", LANDLOCK_CREATE_RULESET, 0, 0, LANDLOCK_GET_VERSION)'
 AS_NOBODY = "    Image.init()\n", f"""{WARM}
     os.chown(".", {NOBODY}, {NOBODY})
     os.setgroups([]), os.setresgid(*[{NOBODY}] * 3), os.setresuid(*[{NOBODY}] * 3)
     _libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: a process of nobody like any other, its files in /proc are its own
 """
-NO_LANDLOCK = ('return _libc("syscall", 444, 0, 0, 1)', "return 0"), ("    Image.init()\n", WARM)
-UNCHECKED = "LOCK_TEST * (not unlocked)", "\"\""  # a server with a layer less would not start
-LAYERS = {"Landlock": "        _landlock(version)", "seccomp": '_libc("prctl", 22', "limits": "resource.setrlimit(limit",
+NO_LANDLOCK = (GET_VERSION, "return 0"), ("    Image.init()\n", WARM)
+UNCHECKED = "LOCK_TEST * (lock is not None)", "\"\""  # a server with a layer less would not start
+LAYERS = {"Landlock": "        _landlock(lock.landlock)", "seccomp": '_libc("prctl", PR_SET_SECCOMP', "limits": "resource.setrlimit(limit",
           "capabilities": '_libc("capset"'}
 
 
@@ -694,7 +695,7 @@ def test_writing(attack, code):
 @own
 @pytest.mark.parametrize("version", range(1, tools._landlock_version()))
 def test_writing_under_an_older_landlock(kind, outside, image, monkeypatch, tmp_path, version):
-    change = 'return _libc("syscall", 444, 0, 0, 1)', f'return min({version}, _libc("syscall", 444, 0, 0, 1))'
+    change = GET_VERSION, f"{GET_VERSION.replace('_libc(', f'min({version}, _libc(')})"
     monkeypatch.setattr(tools, "__file__", variant(tmp_path, change))
     before = state(outside)
     with CodeTool(workers=1) as tool:
@@ -1167,8 +1168,8 @@ def test_a_missing_layer_is_noticed(kind, monkeypatch, tmp_path, capfd, layer):
 
 @own
 @pytest.mark.parametrize("layer, change", {
-    "Landlock": ('"syscall", 446', '"syscall", 448'), "seccomp": ('"prctl", 22, 2', '"prctl", 22, 3'),
-    "no new privileges": ('_libc("prctl", 38, 1, 0, 0, 0)', "pass")}.items())
+    "Landlock": ('"syscall", LANDLOCK_RESTRICT_SELF', '"syscall", 448'), "seccomp": ("PR_SET_SECCOMP, SECCOMP_MODE_FILTER", "PR_SET_SECCOMP, 3"),
+    "no new privileges": ('_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)', "pass")}.items())
 def test_a_layer_that_fails_is_noticed(kind, monkeypatch, tmp_path, capfd, layer, change):
     monkeypatch.setattr(tools, "__file__", variant(tmp_path, change))
     with pytest.raises(RuntimeError, match="does not start.*--code_unlocked True"):
@@ -1363,7 +1364,7 @@ def test_every_line_of_the_promise_has_its_test():
                if isinstance(node, ast.FunctionDef)}
     assert len(named) >= 13 and named <= defined
     covered = tools.__doc__.partition("Covered")[2].partition("Not covered")[0].split("\n- ")[1:]
-    assert len(covered) == 12 and all(re.search(r"\btest_\w+\s*$", line) for line in covered)
+    assert len(covered) == 13 and all(re.search(r"\btest_\w+\s*$", line) for line in covered)
 
 
 def test_state_of_the_call_before(tool, image):

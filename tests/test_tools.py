@@ -121,7 +121,7 @@ def test_parsing_is_linear_on_hostile_text(piece):
         parse_action(f"<code>{start}{piece.replace('<', '') * (1_000_000 // len(piece))}{end}</code>")
     spent = time.process_time() - started
     gc.unfreeze()
-    assert spent < 1.0  # a search to the end from each of 143,000 tags takes 40
+    assert spent < 2.0  # a search to the end from each of 143,000 tags takes 40
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the released transcripts are not beside this checkout")
