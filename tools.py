@@ -314,6 +314,7 @@ MAX_REPLY = 1 << 20  # bytes of text
 
 
 class Frame(NamedTuple):
+    """A request or a reply."""
     number: int  # of a request: the milliseconds that it may take; of a reply: its place in KINDS
     text: str
     size: tuple[int, int] = (0, 0)  # width and height of an image, if there is one

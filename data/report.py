@@ -91,7 +91,7 @@ def read_objects(path: Path) -> list[dict]:
 def _own_image(run: Path, folder: Path, name: str) -> Path | None:
     """The path of an image that a tool made; None if it leads out of the run, also by links.
 
-    It is a plain name in the folder of its rows, or, as train.py writes it, behind the folder's name.
+    It is a plain name in the folder of its rows. train.py writes it behind the folder's name.
     """
     name = name.removeprefix(f"{folder.name}/")
     try:

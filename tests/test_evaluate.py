@@ -385,6 +385,7 @@ def test_the_interval_of_f1_is_that_of_resampling_the_items_themselves():
     assert score(rows)["all"]["f1_95"] == pytest.approx(expected, abs=0.5)
 
 
+@pytest.mark.thorough
 def test_intervals_cover_the_truth_95_times_in_100():
     rng = np.random.default_rng(2)
     intervals = [score(coin_rows(rng.random(100) < 0.4))["all"]["em_95"] for _ in range(400)]

@@ -143,7 +143,8 @@ AS_NOBODY = "    Image.init()\n", f"""{WARM}
 """
 NO_LANDLOCK = (GET_VERSION, "return 0"), ("    Image.init()\n", WARM)
 UNCHECKED = "LOCK_TEST * (lock is not None)", "\"\""  # a server with a layer less would not start
-LAYERS = {"Landlock": "        _landlock(lock.landlock)", "seccomp": '_libc("prctl", PR_SET_SECCOMP', "limits": "resource.setrlimit(limit",
+LAYERS = {"Landlock": "        _landlock(lock.landlock)", "seccomp": '_libc("prctl", PR_SET_SECCOMP',
+          "limits": "resource.setrlimit(limit",
           "capabilities": '_libc("capset"'}
 
 
@@ -1168,7 +1169,8 @@ def test_a_missing_layer_is_noticed(kind, monkeypatch, tmp_path, capfd, layer):
 
 @own
 @pytest.mark.parametrize("layer, change", {
-    "Landlock": ('"syscall", LANDLOCK_RESTRICT_SELF', '"syscall", 448'), "seccomp": ("PR_SET_SECCOMP, SECCOMP_MODE_FILTER", "PR_SET_SECCOMP, 3"),
+    "Landlock": ('"syscall", LANDLOCK_RESTRICT_SELF', '"syscall", 448'),
+    "seccomp": ("PR_SET_SECCOMP, SECCOMP_MODE_FILTER", "PR_SET_SECCOMP, 3"),
     "no new privileges": ('_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)', "pass")}.items())
 def test_a_layer_that_fails_is_noticed(kind, monkeypatch, tmp_path, capfd, layer, change):
     monkeypatch.setattr(tools, "__file__", variant(tmp_path, change))
