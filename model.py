@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -54,6 +55,7 @@ from grpo import Segments, packed_attention, token_logps
 from tools import to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of a resized image; the paper trains with 401,408
+PATIENCE = timedelta(hours=4)  # of ranks with each other: one loads 16 GB or plays longer turns
 TEXT = "\x00"  # stands for the user's text while the chat template is rendered; in no template
 
 
@@ -121,7 +123,7 @@ def start_ranks() -> None:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's store outlives a restart, with the addresses of dead ranks.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if device.type == "cpu":  # more threads than cores slow all ranks down
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):

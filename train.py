@@ -394,7 +394,6 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
     for _ in range(config.updates_per_batch):
         sums = Counter()
         for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
-            policy.model.set_requires_gradient_sync(i == len(batches) - 1)  # once an update
             logps, entropy = score(policy, batch, config.temperature)  # (B, T)
             weights = token_weights(
                 batch.action_mask, config.loss, num_rollouts=counts["rollouts"],
@@ -403,7 +402,9 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
             loss, parts = policy_loss(
                 logps, batch.advantages, weights, old_logps=old, ref_logps=ref, beta=config.beta,
                 clip_low=config.clip_low, clip_high=config.clip_high)
-            (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; loss is a sum
+            # Each pass leaves each rank its shard of the gradient. FSDP averages over ranks; the
+            # loss is a sum over them.
+            (loss * dist.get_world_size()).backward()
             parts |= {"loss": loss, "weight": weights.sum(), "entropy": (weights * entropy).sum()}
             for name, value in parts.items():
                 sums[name] += value.item()
@@ -704,7 +705,7 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
         min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     check_tasks(policy, tasks, held_out, config)
     reference = copy_policy(policy) if config.beta > 0 else None
-    optimizer = AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     needed = 12 * sum(p.numel() for p in policy.model.parameters())  # weights and two moments, fp32
     if folder:
         load_checkpoint(folder, policy, optimizer)

@@ -886,6 +886,7 @@ def test_no_more_is_read_of_a_redirect_than_the_limit(serve, monkeypatch):
 
 def test_a_header_without_end_holds_nobody(serve, monkeypatch):
     """A thread is left behind, which ends when the server hangs up."""
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 1.0)
     before = threading.active_count()
     with pytest.raises(tools.RequestFailed, match="timeout"):
         tools.fetch(serve(slow(JSON + b"X-Slow: ", b"a", 0.01)).url, {}, seconds=0.3)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import train
 from conftest import CLEAN
 from make_model import make_model
 from model import encode_text, load_policy
@@ -249,6 +250,23 @@ def test_a_gap_that_is_no_number_shows(model_folder, rows, rank):
     metrics = update(policy, optimizer, batches, num_real, [None] * len(batches),
                      Config(**SETTINGS | {"beta": 0.0}))
     assert math.isnan(metrics["gap"]) and math.isfinite(metrics["loss"])
+
+
+def test_a_rank_keeps_no_more_than_its_shard_of_the_gradient(model_folder, rows, rank,
+                                                             monkeypatch):
+    """After each micro-batch. Reduced only after the last, it would be whole on every rank."""
+    policy = load_policy(str(model_folder), shard=True)
+    batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], 1)
+    seen, score = [], train.score
+
+    def scored(*args):
+        seen.append({p.grad is not None for p in policy.model.parameters()})
+        return score(*args)
+    monkeypatch.setattr(train, "score", scored)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=LR)
+    update(policy, optimizer, batches, num_real, [None] * len(batches),
+           Config(**SETTINGS | {"beta": 0.0}))
+    assert len(seen) > 2 and seen == [{False}] + [{True}] * (len(seen) - 1)
 
 
 def test_gradients_are_scaled_down_to_max_grad_norm(model_folder, reference_folder, rows, plain,
