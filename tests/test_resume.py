@@ -9,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import time
+from datetime import timedelta
 from multiprocessing import Process
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import environments_of_ranks, start_script
 
@@ -180,6 +182,12 @@ def one_rank(monkeypatch):
     start_ranks()
     yield
     dist.destroy_process_group()
+
+
+def test_ranks_wait_for_slower_ones_for_hours(one_rank):
+    """nccl's own limit of ten minutes would end runs whose first rank downloads a large model."""
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    assert backend.options._timeout >= timedelta(hours=1)
 
 
 @pytest.fixture
