@@ -410,6 +410,10 @@ class Arguments:
     max_new_tokens: int = flag(1024, "new tokens a turn; the paper's search evaluation takes 2048")
     max_tokens: int = flag(8192, "tokens an episode: prompt, actions, observations; with --api its "
                                  "own limit holds")
+    max_observation_tokens: int = flag(1024, "of a tool's text; longer ones are cut")
+    max_images: int = flag(6, "images in the context of an episode")
+    min_pixels: int = flag(56 * 56, "of an image after resizing; best as in training")
+    max_pixels: int = flag(401_408, "of an image after resizing; best as in training")
     batch_size: int = flag(8, "tasks played side by side; with --api requests at a time")
     prompt: Literal["short", "full"] = flag(
         "short", "instructions: short for the laptop model, full for hub models")
@@ -442,7 +446,8 @@ def _check_flags(args: Arguments) -> None:
     if not args.model or not args.tasks:
         raise ValueError("give --model and --tasks; or --rescore FILE --benchmark NAME")
     for name in ("batch_size", "max_turns", "max_new_tokens", "max_tokens", "samples",
-                 "api_timeout", "api_patience"):
+                 "max_observation_tokens", "max_images", "min_pixels", "api_timeout",
+                 "api_patience"):
         if not getattr(args, name) >= 1:  # NaN too
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.temperature < inf:
@@ -513,12 +518,13 @@ def _load_and_play(args: Arguments, tasks: list[dict], code: CodeTool | None,
     from rollout import Limits, Tools
     out, model = Path(args.output_dir), args.model
     limits = Limits(args.max_turns, args.max_new_tokens, args.max_tokens,
+                    args.max_observation_tokens, args.max_images,
                     released_context=args.released_context)
     if chat:  # the laptop model's tokenizer splits texts; the endpoint counts its own tokens
         limits = replace(limits, max_tokens=10 ** 9, max_observation_tokens=10 ** 9)
         model = str(Path(__file__).parent / "data/model")
         disable_progress_bar()  # of weights that are not used
-    policy = load_policy(model)
+    policy = load_policy(model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     if os.environ.get("RANK", "0") == "0":
         write_whole(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
     tools = Tools(code, search, released_crop if args.released_crop else None)

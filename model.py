@@ -440,10 +440,11 @@ def sample(policy: Policy, sequences: list[Sequence], max_new_tokens: int, tempe
     """One turn for each of B sequences: [(ids, with `<|im_end|>` if it came, log-probs), ...].
 
     A prompt is encoded once for all neighbours that begin with it; its keys and values are then
-    repeated. temperature 0 is greedy (log-probs are then those at temperature 1). Random numbers
-    come from torch's global generator. Once `interrupted` says True, turns end where they are.
-    `fed` counts the tokens that the model is fed, as "all", and those that are not padding, as
-    "real".
+    repeated. `generate` runs until half of the rows have ended their turns. These leave the batch,
+    and the rest go on with their part of the cache. temperature 0 is greedy (log-probs are then
+    those at temperature 1). Random numbers come from torch's global generator. Once `interrupted`
+    says True, turns end where they are. `fed` counts the tokens that the model is fed, as "all",
+    and those that are not padding, as "real".
     """
     fed = Counter() if fed is None else fed
     prompts = [prompt_of(policy, sequence) for sequence in sequences]
@@ -472,6 +473,7 @@ def sample(policy: Policy, sequences: list[Sequence], max_new_tokens: int, tempe
         kept = torch.tensor(going, device=policy.device)
         cache.batch_select_indices(kept)
         rows = [rows[i] for i in going]
+        # The last token drawn is not in the cache yet: it is the next input.
         mask = torch.nn.functional.pad(mask[kept], (0, steps - 1), value=1)
         inputs = {"input_ids": ids[kept, -1:], "attention_mask": mask.new_ones(len(rows), 1),
                   "position_ids": inputs["position_ids"][:, kept, -1:] + steps}  # (3, B, 1)

@@ -115,7 +115,7 @@ class Tools:
     edit: Callable[[str, dict, tuple[int, int]], str] | None = None
 
     def is_on(self, tag: str) -> bool:
-        """Whether the tool of a tag runs. One that is no field here is on where any other is."""
+        """Whether the tool of a tag runs. A tool that was added is on if code or search is."""
         live = {"code": self.code, "search": self.search}
         return live.get(tag, self.code or self.search) is not None
 
@@ -870,7 +870,8 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
 
     A passage must hold a rare word of the query, one in at most 2 % of all passages (or in at most
     COMMON of build_index.py); ranking all that hold "the" would take seconds. BM25 ranks them by
-    all words in at most half of the passages, the rare ones counted twice. If nothing is found,
+    all words in at most half of the passages; the rare ones count twice, as FTS5 scores each word
+    of a match and they stand in both of its brackets. If nothing is found,
     the first MAX_RANKED passages with any word are ranked.
     """
     path = address.partition(":")[2]
@@ -910,13 +911,15 @@ def open_retrieval(url: str) -> Callable[[str, int], Passages]:
     def search(query: str, topk: int) -> Passages:
         asked = {"queries": [query], "topk": topk, "return_scores": True}
         found, passages = json.loads(fetch(url, asked)[0])["result"][0], []
+        if not isinstance(found, list):
+            raise ValueError("no list of documents")
         for item in found:
             match item:
                 case [document, *_] | {"document": document} | document:  # with a score or bare
                     with suppress(ValueError):  # one bad document is no reason to lose the others
                         passages.append((read_document(document)[0], ""))
-        if not isinstance(found, list) or found and not passages:
-            raise ValueError("no list of documents, or none with a text")
+        if found and not passages:
+            raise ValueError("no document has a text")
         if len(passages) < len(found):
             warnings.warn("the retrieval server sends documents without a text; they are left out",
                           stacklevel=2)

@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -53,7 +54,7 @@ from rollout import (Limits, Rollout, Tools, collate, micro_batches, opening_err
                      rollout_row)
 from tools import CodeTool, SearchTool, action_tags, parse_action
 
-# Bounds of the flags that are numbers; for those not named here 1e-9 and 1e99.
+# Numbers given as flags are above 0 and finite, but for these bounds.
 LEAST = {"group_size": 2, "lr_decay": 0, "seed": 0, "beta": 0, "search_pages": 0,
          "search_budget": 0, "eval_every": 0, "eval_limit": 0, "eval_temperature": 0}
 MOST = {"lr_decay": 1, "seed": 2**32 - 1}
@@ -137,8 +138,9 @@ class Config:
         for name, value in asdict(self).items():
             least, most = LEAST.get(name, 1e-9), MOST.get(name, 1e99)
             if type(value) in (int, float) and not least <= value <= most:
-                raise ValueError(f"--{name} {value}: must be a finite number, at least {least} "
-                                 f"and at most {most}")
+                bounds = f"at least {LEAST[name]}" if name in LEAST else "above 0"
+                raise ValueError(f"--{name} {value}: must be a finite number {bounds}"
+                                 + (f" and at most {most}" if name in MOST else ""))
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"--max_pixels {self.max_pixels}: must be at least --min_pixels")
         self.reward_weights()
@@ -165,7 +167,9 @@ class Config:
 
 def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool,
          policy: Policy, reference: Policy | None, optimizer: Optimizer, first: int) -> str | None:
-    """The run from step `first`, from 0, to the export, on what `prepare` and `load` return.
+    """Train from step `first`, counted from 0, to the last; then export the model.
+
+    The arguments are what `prepare` and `load` return.
 
     Returns None, or where and why it stopped early. Raises FloatingPointError after --max_skipped
     updates in a row that were not finite.
@@ -279,15 +283,15 @@ def prompts_of_step(tasks: list[dict], step: int, config: Config,
                     usable: Callable[[dict], bool] = lambda task: True) -> list[dict]:
     """This rank's share of the P tasks of a step. Every epoch has an order of its own.
 
-    A task that is not `usable` is replaced by the one at its place in the next step; so what is
-    drawn does not depend on the number of ranks. Raises ValueError if no task is usable.
+    A task that is not `usable` is replaced by the one at its place in the next step, or the one
+    after it, and so on: whatever the number of ranks. Raises ValueError if no task is usable.
     """
     share, chosen = config.prompts_per_step // dist.get_world_size(), []
     first = step * config.prompts_per_step + dist.get_rank() * share
     for position in range(first, first + share):
         later = (task_at(tasks, position + n * config.prompts_per_step, config)
                  for n in range(len(tasks)))
-        chosen.append(next(filter(usable, later), None))
+        chosen.append(next(filter(usable, chain(later, tasks)), None))
     if None in chosen:
         raise ValueError(f"none of {len(tasks)} tasks could be opened; the reasons are above")
     return chosen
@@ -331,7 +335,7 @@ def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
     return episode_reward(
         [turn.text for turn in turns], rollout.answer, task["answers"],
         problem=problems[0] if problems else None,
-        gold_labels=task["type"] or None if is_coding else None,
+        gold_labels=(task["type"] or None) if is_coding else None,
         tool_oks=[turn.result.ok for turn in calls], evidence=None if is_coding else evidence,
         tags=action_tags())
 
@@ -527,9 +531,9 @@ def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, 
     if stop.agreed():
         return
     answers = {rollout.task["id"]: rollout.answer for rollout in rollouts}
-    hits = gather([(task["family"], "+".join(task["type"]) or task["family"],
-                    exact_match(answers.get(task["id"]), task["answers"])) for task in share])
-    families, types, hits = zip(*hits)
+    solved = gather([(task["family"], "+".join(task["type"]) or task["family"],
+                      exact_match(answers.get(task["id"]), task["answers"])) for task in share])
+    families, types, hits = zip(*solved)
     row = {"step": step, "tools": label, "success": round(fmean(hits), 4), "n": len(hits),
            "by_family": rates(families, hits), "by_type": rates(types, hits)}
     if is_lead():
@@ -704,6 +708,7 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
         config.model, shard=True, gradient_checkpointing=config.gradient_checkpointing,
         min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     check_tasks(policy, tasks, held_out, config)
+    # Before a checkpoint is read: the reference is the starting model, after a resume too.
     reference = copy_policy(policy) if config.beta > 0 else None
     optimizer = AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     needed = 12 * sum(p.numel() for p in policy.model.parameters())  # weights and two moments, fp32
@@ -737,7 +742,7 @@ def check_tasks(policy: Policy, tasks: list[dict], held_out: list[dict], config:
 def run() -> int | str:
     """The command line. Returns what sys.exit takes: 0 also for a run that was stopped and can go
     on, a message (status 1) for what torchrun --max-restarts should start again, 2 for what a user
-    must mend."""
+    must mend, 130 for Ctrl-C before the first step."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:

@@ -252,6 +252,16 @@ def test_a_gap_that_is_no_number_shows(model_folder, rows, rank):
     assert math.isnan(metrics["gap"]) and math.isfinite(metrics["loss"])
 
 
+def test_the_only_usable_task_is_found(rank):
+    """Whichever place it has in the shuffles of the epochs."""
+    tasks = [{"id": n} for n in range(8)]
+    for step in range(40):
+        chosen = prompts_of_step(tasks, step, Config(), lambda task: task["id"] == 0)
+        assert chosen == [{"id": 0}] * 8
+    with pytest.raises(ValueError, match="none of 8 tasks could be opened"):
+        prompts_of_step(tasks, 0, Config(), lambda task: False)
+
+
 def test_a_rank_keeps_no_more_than_its_shard_of_the_gradient(model_folder, rows, rank,
                                                              monkeypatch):
     """After each micro-batch. Reduced only after the last, it would be whole on every rank."""
