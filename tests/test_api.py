@@ -326,7 +326,9 @@ def test_json_of_another_shape_is_a_bad_reply(body):
     assert str(ask([fault], backoff=10.0)[0]) == "bad_reply"
 
 
-@pytest.mark.parametrize("name", sorted(SLOW))
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.thorough] * (place > 0))
+    for place, name in enumerate(sorted(SLOW))])
 def test_a_slow_server_is_left_at_the_deadline(name):
     start = time.monotonic()
     failure, chat, _ = ask(always(name), timeout=60.0, patience=0.5)
@@ -458,8 +460,10 @@ def test_the_probe_has_the_parameters_of_a_turn_and_learns_which_are_refused():
          "max_completion_tokens": 99, "temperature": 0.0}]
 
 
-@pytest.mark.parametrize("name",
-                         ["http_500", "http_429", "closed", "garbage", "no_choices", "hang"])
+@pytest.mark.parametrize("name", [
+    "http_500", "closed", "hang",
+    *[pytest.param(name, marks=pytest.mark.thorough)
+      for name in ("http_429", "garbage", "no_choices")]])
 def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(name):
     start = time.monotonic()
     options = {"patience": 0.5, "timeout": 0.15, "backoff": 0.05}

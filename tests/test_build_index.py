@@ -314,6 +314,7 @@ def test_common_words_alone_rank_the_first_passages(tmp_path):
     assert ask(address, "city", topk=1).text == "1. Content: city number 0"
 
 
+@pytest.mark.thorough
 def test_a_rare_word_is_found_behind_many_passages_with_a_common_one(tmp_path):
     address = indexed(tmp_path, [{"text": f"city {i}"} for i in range(150_000)])
     with sqlite3.connect(tmp_path / "index.sqlite") as database:  # as with 21 million: "city" is in fewer than 2 %

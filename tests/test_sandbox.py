@@ -1220,8 +1220,9 @@ def needy(tmp_path, monkeypatch):
     return tmp_path / "lib"
 
 
+@own
 @pytest.mark.parametrize("unlocked", [False, True])
-def test_an_interpreter_gets_the_library_path_that_it_needs(needy, image, monkeypatch, unlocked):
+def test_an_interpreter_gets_the_library_path_that_it_needs(kind, needy, image, monkeypatch, unlocked):
     monkeypatch.setenv("LD_LIBRARY_PATH", f"missing:/nowhere::{needy}:.")
     with CodeTool(workers=1, unlocked=unlocked) as tool:
         assert tool.run("result = image", image).ok
@@ -1230,8 +1231,9 @@ def test_an_interpreter_gets_the_library_path_that_it_needs(needy, image, monkey
         assert re.fullmatch(rf"Error: line 2: ValueError: (\S*cv2\S*:)?{re.escape(str(needy))}", said), said
 
 
+@own
 @pytest.mark.parametrize("unlocked", [False, True])
-def test_an_interpreter_that_does_not_start_is_named(needy, capfd, unlocked):
+def test_an_interpreter_that_does_not_start_is_named(kind, needy, capfd, unlocked):
     with pytest.raises(RuntimeError, match=f"exit status 127.*{sys.executable} must find.* LD_LIBRARY_PATH") as error:
         CodeTool(workers=1, unlocked=unlocked)
     assert "code_unlocked" not in str(error.value) and "error while loading shared libraries" in capfd.readouterr().err

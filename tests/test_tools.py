@@ -395,6 +395,7 @@ def test_a_server_that_is_killed_at_its_start_is_started_again(image, monkeypatc
         assert flag.exists() and tool.run(COPY, image).ok
 
 
+@pytest.mark.thorough
 def test_a_server_that_hangs_is_no_fault_of_the_model(image, monkeypatch):
     """It is ended, and the next call has a new one."""
     monkeypatch.setattr(tools, "GRACE", 0.5)

@@ -450,17 +450,15 @@ except ValueError as error:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", [
-    pytest.param(lambda folder: (3, ("train.py", "--output_dir", folder / "out"),
-                                 "--prompts_per_step 8 does not divide among 3 ranks"),
-                 marks=pytest.mark.thorough),
-    pytest.param(lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model",
-                                     truncated(folder / "m")),
-                                 "SafetensorError"), marks=pytest.mark.thorough),
+    lambda folder: (3, ("train.py", "--output_dir", folder / "out"),
+                    "--prompts_per_step 8 does not divide among 3 ranks"),
+    lambda folder: (2, ("train.py", "--output_dir", folder / "out", "--model",
+                        truncated(folder / "m")), "SafetensorError"),
     lambda folder: (2, ("evaluate.py", "--output_dir", folder / "out", "--ask", "me"),
                     "--ask: invalid choice: 'me'"),
-    pytest.param(lambda folder: (2, (folder / "one.py", ROOT), "the reason"),
-                 marks=pytest.mark.thorough),
+    lambda folder: (2, (folder / "one.py", ROOT), "the reason"),
 ], ids=["no share for a rank", "one rank reads the weights", "a flag", "the second rank alone"])
 def test_the_last_lines_of_torchrun_hold_the_message(case, tmp_path):
     (tmp_path / "one.py").write_text(ONE_RANK_FAILS)
