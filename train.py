@@ -128,7 +128,8 @@ class Config:
     save_every: int = flag(20, "steps between checkpoints")
     keep: int = flag(2, "newest checkpoints that are kept; older ones are removed")
     max_skipped: int = flag(
-        3, "steps in a row with a loss or gradient that is not finite before the run stops")
+        3, "steps in a row with a loss or gradient that is not finite before the run stops; "
+        "counted anew after a restart")
     rollouts_every: int = flag(
         10, "updates between written rollouts; the first and the last are always written")
     resume: bool = flag(

@@ -149,7 +149,8 @@ class ChatModel:
         body, _ = fetch(address, payload, headers, seconds=seconds)
         try:
             reply = json.loads(body)
-            usage = reply.get("usage") or {}
+            usage = reply.get("usage")
+            usage = usage if isinstance(usage, dict) else {}
             tokens = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")
                       if isinstance(usage.get(name), int)}
             self._count(uncounted=not tokens, **tokens)

@@ -272,7 +272,8 @@ def test_a_created_reply_is_a_reply(status):
     ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": None}, (7, 5, 0)),
     ({"prompt_tokens": None, "completion_tokens": "5"}, (0, 0, 1)),
     ({"prompt_tokens": 1e9, "completion_tokens": float("nan")}, (0, 0, 1)),
-    ({}, (0, 0, 1)), (None, (0, 0, 1)), ([], (0, 0, 1))], ids=repr)
+    ({}, (0, 0, 1)), (None, (0, 0, 1)), ([], (0, 0, 1)),
+    ([1], (0, 0, 1)), ("n/a", (0, 0, 1))], ids=repr)
 def test_tokens_are_counted_where_the_endpoint_counts_them(usage, expected):
     reply, chat, _ = ask(reply={**completion("C"), "usage": usage})
     assert reply == ("C", True)
