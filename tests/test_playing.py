@@ -289,6 +289,18 @@ def test_without_tools_one_turn_says_the_answer(monkeypatch, tmp_path, ask, imag
             len(row["turns"])) == ("Which city?", "Paris", 1.0, 1)
 
 
+def test_the_bounds_of_an_image_are_those_of_the_flags(tmp_path):
+    """56 x 56 pixels are 2 x 2 tokens; enlarged to 224 x 224 they are 8 x 8."""
+    lengths = []
+    for least in (56 * 56, 224 * 224):
+        out = tmp_path / str(least)
+        done = run("--model", "data/model", "--data", HELD_OUT, "--benchmark", "offline", "--limit",
+                   "1", "--max_new_tokens", "1", "--min_pixels", least, "--output_dir", out)
+        assert done.returncode == 0, done.stderr
+        lengths.append(items(out)[0]["tokens"])
+    assert lengths[1] - lengths[0] == 64 - 4
+
+
 def test_without_tools_a_search_ends_the_one_turn(monkeypatch, tmp_path):
     _, [row] = asked(monkeypatch, tmp_path, "direct", [QUESTION],
                      text="<think> I must know. </think> <search> city </search>")
