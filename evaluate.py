@@ -39,13 +39,13 @@ from data.flags import fail, flag, parse_flags
 from data.report import write_report
 from data.tasks import Benchmark, describe, load_tasks, read_golds, split_of
 from reward import grade
-from tools import CodeTool, SearchTool
+from tools import CodeTool, SearchTool, Tools
 
 if TYPE_CHECKING:  # these load torch, which takes seconds, and scoring does without
     from model import Policy
-    from rollout import Limits, Rollout, Tools
+    from rollout import Limits, Rollout
 
-# ------------------------------------------------------------------------------------------- scores
+# ---- scores --------------------------------------------------------------------------------------
 SPLITS = ("all", "simple", "hard", "coding", "search")  # with figures of their own
 RESAMPLES = 2_000  # of a bootstrap
 
@@ -146,7 +146,7 @@ def _average(grades: np.ndarray, items: np.ndarray) -> list[dict]:
             for (f1, *f1_95), (em, *em_95) in (columns[:2], columns[2:])]
 
 
-# ---------------------------------------------------------------------- ways of asking, and playing
+# ---- ways of asking, and playing -----------------------------------------------------------------
 ASKED = {  # behind the question where no tools are offered; "direct" has the paper's words
     "direct": "\nAnswer the question directly. The answer should be very brief.",
     "cot": "\nThink step by step between <think> and </think>. Then answer as briefly as possible: "
@@ -163,7 +163,7 @@ Key = tuple[int, int]  # of an item: the place of its task, and of the sample
 class Settings:
     """How tasks are played, and where the results go."""
     policy: "Policy"  # with `chat` its tokenizer and image processor alone are used
-    tools: "Tools"
+    tools: Tools
     limits: "Limits"
     output_dir: Path
     benchmark: str | None = None  # sets scoring and splits, as in `score`
@@ -176,7 +176,7 @@ class Settings:
     chat: ChatModel | None = None  # writes the turns in the policy's place
 
 
-def evaluate_tasks(policy: "Policy", tasks: list[dict], tools: "Tools", limits: "Limits",
+def evaluate_tasks(policy: "Policy", tasks: list[dict], tools: Tools, limits: "Limits",
                    output_dir: str | Path, **options) -> dict[str, dict]:
     """Play every task, and return what `summarize` says of the items. options: see `Settings`.
 
@@ -381,7 +381,7 @@ def released_crop(code: str, task: dict, size: tuple[int, int]) -> str:
     return SLICE.sub(f"[{y_min}:{y_max}, {x_min}:{x_max}]", code)
 
 
-# ------------------------------------------------------------------------------------- command line
+# ---- command line --------------------------------------------------------------------------------
 @dataclass
 class Arguments:
     """The command line."""
@@ -515,11 +515,11 @@ def _run(args: Arguments) -> dict[str, dict]:
 def _load_and_play(args: Arguments, tasks: list[dict], code: CodeTool | None,
                    search: SearchTool | None, chat: ChatModel | None) -> dict[str, dict]:
     from model import load_policy
-    from rollout import Limits, Tools
+    from rollout import Limits
     out, model = Path(args.output_dir), args.model
-    limits = Limits(args.max_turns, args.max_new_tokens, args.max_tokens,
-                    args.max_observation_tokens, args.max_images,
-                    released_context=args.released_context)
+    limits = Limits(max_turns=args.max_turns, max_new_tokens=args.max_new_tokens,
+                    max_tokens=args.max_tokens, max_observation_tokens=args.max_observation_tokens,
+                    max_images=args.max_images, released_context=args.released_context)
     if chat:  # the laptop model's tokenizer splits texts; the endpoint counts its own tokens
         limits = replace(limits, max_tokens=10 ** 9, max_observation_tokens=10 ** 9)
         model = str(Path(__file__).parent / "data/model")

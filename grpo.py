@@ -114,14 +114,6 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """k1 estimate of KL(policy || reference) per token: log p - log q.
-
-    Unbiased under the policy, may be negative.
-    """
-    return logps - ref_logps
-
-
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """k3 estimate of KL(policy || reference) per token: q/p - log(q/p) - 1 (Schulman 2020).
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as a policy: load, encode, shard, generate, score, save.
+"""Qwen2.5-VL as a policy: load, encode, shard, generate, log-probs, save.
 
 One path for a hub name, a local folder in the hub's layout and the laptop-size model in data/model.
 `AutoProcessor` needs torchvision, so it is not used: the tokenizer and the PIL image processor work
@@ -25,8 +25,8 @@ H hidden size, N tokens of a packed row.
 """
 import math
 import os
+import time
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -67,7 +67,7 @@ class EncodedImage(NamedTuple):
     __eq__ = object.__eq__
 
 
-class Sequence(Protocol):
+class TokenSequence(Protocol):
     """What the model reads: token ids, and one image for each run of `<|image_pad|>` in them."""
     ids: list[int]
     images: list[EncodedImage]
@@ -102,7 +102,7 @@ class Policy:
         self.suppressed = torch.tensor(sorted(suppressed), device=self.device)
 
 
-# ------------------------------------------------------------------------------------------- ranks
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def pick_device() -> tuple[torch.device, str]:
@@ -131,6 +131,23 @@ def start_ranks() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def is_lead() -> bool:
+    """Whether this is the first rank, which writes the files and speaks for all."""
+    return dist.get_rank() == 0
+
+
+def share_of_rank(items: list) -> list:
+    """Every item is in the share of one rank."""
+    return items[dist.get_rank()::dist.get_world_size()]
+
+
+def clock() -> float:
+    """Seconds, for durations, once the GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def gather(rows: list) -> list:
     """The rows of all ranks, in the order of the ranks, on every rank."""
     parts = [None] * dist.get_world_size()
@@ -145,7 +162,7 @@ def all_reduce(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, floa
     return dict(zip(values, numbers.tolist()))
 
 
-# -------------------------------------------------------------------------------------------- load
+# ---- load ----------------------------------------------------------------------------------------
 
 
 def check_model(name: str) -> None:
@@ -264,7 +281,7 @@ def _check_prompts(policy: Policy, name: str) -> None:
             "was made from") from error
 
 
-# ------------------------------------------------------------------------------------------ encode
+# ---- encode --------------------------------------------------------------------------------------
 
 
 def encode_text(policy: Policy, text: str) -> list[int]:
@@ -317,7 +334,7 @@ def _fill(policy: Policy, rendered: str, text: str, image: EncodedImage | None) 
     return ids[:at] + [policy.image_id] * image_tokens(policy, image) + ids[at + 1:]
 
 
-def prompt_of(policy: Policy, sequence: Sequence) -> Prompt:
+def prompt_of(policy: Policy, sequence: TokenSequence) -> Prompt:
     """The prompt of a sequence: all of it where nothing was sampled yet."""
     length = len(sequence.ids)
     if 1 in sequence.action_mask:
@@ -327,13 +344,13 @@ def prompt_of(policy: Policy, sequence: Sequence) -> Prompt:
     return Prompt(ids, sequence.images[:num_images])
 
 
-def model_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[str, Tensor]:
+def model_inputs(policy: Policy, sequences: list[TokenSequence], side: str) -> dict[str, Tensor]:
     """All that the model reads: `token_inputs`, and `image_inputs` in the order of sequences."""
     images = [image for s in sequences for image in s.images]
     return token_inputs(policy, sequences, side) | image_inputs(policy, images)
 
 
-def token_inputs(policy: Policy, sequences: list[Sequence], side: str) -> dict[str, Tensor]:
+def token_inputs(policy: Policy, sequences: list[TokenSequence], side: str) -> dict[str, Tensor]:
     """Pad sequences on `side` ("left" to sample, "right" to score), with M-RoPE positions.
 
     Returns input_ids, attention_mask (B, T) and position_ids (3, B, T), all int64.
@@ -357,7 +374,7 @@ def image_inputs(policy: Policy, images: list[EncodedImage]) -> dict[str, Tensor
     return {"pixel_values": pixels.to(policy.device), "image_grid_thw": grids.to(policy.device)}
 
 
-# ------------------------------------------------------------------------------------------- shard
+# ---- shard ---------------------------------------------------------------------------------------
 
 
 def _load_sharded(name: str, config: Qwen2_5_VLConfig,
@@ -430,31 +447,28 @@ def gathered(policy: Policy) -> Iterator[None]:
             m.reshard()
 
 
-# ---------------------------------------------------------------------------------------- generate
+# ---- generate ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def sample(policy: Policy, sequences: list[Sequence], max_new_tokens: int, temperature: float,
-           interrupted: Callable[[], bool] = lambda: False,
-           fed: Counter | None = None) -> list[tuple[list[int], list[float]]]:
+def sample(policy: Policy, sequences: list[TokenSequence], max_new_tokens: int, temperature: float,
+           interrupted: Callable[[], bool] = lambda: False
+           ) -> list[tuple[list[int], list[float]]]:
     """One turn for each of B sequences: [(ids, with `<|im_end|>` if it came, log-probs), ...].
 
     A prompt is encoded once for all neighbours that begin with it; its keys and values are then
     repeated. `generate` runs until half of the rows have ended their turns. These leave the batch,
     and the rest go on with their part of the cache. temperature 0 is greedy (log-probs are then
     those at temperature 1). Random numbers come from torch's global generator. Once `interrupted`
-    says True, turns end where they are. `fed` counts the tokens that the model is fed, as "all",
-    and those that are not padding, as "real".
+    says True, turns end where they are.
     """
-    fed = Counter() if fed is None else fed
     prompts = [prompt_of(policy, sequence) for sequence in sequences]
-    cache, mask = _encode_prompts(policy, prompts, fed)
+    cache, mask = _encode_prompts(policy, prompts)
     inputs = _unseen_inputs(policy, sequences, prompts)
     turns = [([], []) for _ in sequences]
     rows, steps_left = turns, max_new_tokens  # rows: the turns that the rows of the batch write
     while rows:
-        new_mask = inputs.pop("attention_mask")  # (B, T)
-        mask = torch.cat([mask, new_mask], dim=1)  # (B, S)
+        mask = torch.cat([mask, inputs.pop("attention_mask")], dim=1)  # (B, S)
         ids, logps = _generate(policy, cache, inputs | {"attention_mask": mask}, steps_left,
                                temperature, interrupted)
         steps = ids.shape[1]
@@ -463,9 +477,6 @@ def sample(policy: Policy, sequences: list[Sequence], max_new_tokens: int, tempe
             length = row_ids.index(policy.end_id) + 1 if ended else steps
             turn[0].extend(row_ids[:length])
             turn[1].extend(row_logps[:length])
-            fed["real"] += length - 1  # the last one is sampled, not fed
-        _count(fed, new_mask)
-        fed["all"] += len(rows) * (steps - 1)
         steps_left -= steps
         going = [i for i, (turn_ids, _) in enumerate(rows) if turn_ids[-1] != policy.end_id]
         if not going or steps_left == 0 or interrupted():
@@ -522,8 +533,7 @@ class HalfEnded(StoppingCriteria):
         return torch.full_like(self.ended, bool(stops))
 
 
-def _encode_prompts(policy: Policy, prompts: list[Prompt],
-                    fed: Counter) -> tuple[DynamicCache, Tensor]:
+def _encode_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[DynamicCache, Tensor]:
     """Keys and values of B prompts, up to each one's last token, and their mask, (B, S) int64.
 
     Equal neighbours are encoded once.
@@ -535,7 +545,6 @@ def _encode_prompts(policy: Policy, prompts: list[Prompt],
             groups.append(beginning)
         group_of.append(len(groups) - 1)
     inputs = model_inputs(policy, groups, "left")
-    _count(fed, inputs["attention_mask"])
     cache = DynamicCache(config=policy.model.config)
     policy.model.model(**inputs, past_key_values=cache)
     rows = torch.tensor(group_of, device=policy.device)  # (B,)
@@ -543,7 +552,7 @@ def _encode_prompts(policy: Policy, prompts: list[Prompt],
     return cache, inputs["attention_mask"][rows]
 
 
-def _unseen_inputs(policy: Policy, sequences: list[Sequence],
+def _unseen_inputs(policy: Policy, sequences: list[TokenSequence],
                    prompts: list[Prompt]) -> dict[str, Tensor]:
     """`model_inputs` of what each sequence holds from the last token of its prompt on."""
     rests = [Prompt(s.ids[len(p.ids) - 1:], s.images[len(p.images):])
@@ -552,10 +561,6 @@ def _unseen_inputs(policy: Policy, sequences: list[Sequence],
     width = inputs["input_ids"].shape[1]
     positions = token_inputs(policy, sequences, "left")["position_ids"]  # they count from the start
     return inputs | {"position_ids": positions[:, :, -width:]}
-
-
-def _count(fed: Counter, mask: Tensor) -> None:
-    fed.update(all=mask.numel(), real=int(mask.sum()))
 
 
 def draw(logits: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor, Tensor]:
@@ -578,7 +583,7 @@ def draw(logits: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor
     return ids.squeeze(1), logps.gather(1, ids).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------- score
+# ---- log-probs -----------------------------------------------------------------------------------
 
 
 class PackedRow(Protocol):
@@ -594,7 +599,7 @@ class PackedRow(Protocol):
     action_mask: Tensor  # (B, T) bool: which are scored
 
 
-def score(policy: Policy, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
+def action_logps(policy: Policy, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-prob of every action token given all tokens before it, and the entropy there, in nats.
 
     Two (B, T) float32, 0 where action_mask is False.
@@ -604,7 +609,7 @@ def score(policy: Policy, row: PackedRow, temperature: float) -> tuple[Tensor, T
 
 def _action_logps(model: Qwen2_5_VLForConditionalGeneration, row: PackedRow, temperature: float,
                   suppressed: Tensor) -> tuple[Tensor, Tensor]:
-    """`score`, as a method of the model."""
+    """`action_logps`, as a method of the model."""
     mask = row.action_mask
     unused = 0.0
     if "pixel_values" not in row.inputs:
@@ -644,7 +649,7 @@ def _group_attention(module, query, key, value, attention_mask, scaling, segment
     return output.transpose(1, 2).contiguous(), None  # (B, T, heads, d)
 
 
-# -------------------------------------------------------------------------------------------- save
+# ---- save ----------------------------------------------------------------------------------------
 
 
 def export(policy: Policy, folder: str | Path) -> None:

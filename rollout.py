@@ -15,7 +15,6 @@ Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, N tokens of 
 """
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,13 +65,6 @@ class Turn:
     action: Action
     result: ToolResult | None = None  # of a tool's call
     observation: str | None = None  # None where the rollout ended with this turn
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether a search failed through no fault of the policy: server, network or budget."""
-        known = (None, "empty_query", "no_results", "off")
-        error = self.result.error if self.result else None
-        return self.action.kind == "search" and error not in known
 
 
 @dataclass
@@ -128,20 +120,20 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
              ) -> tuple[list[Rollout], dict[str, float]]:
     """Play group_size episodes of each task with live tools.
 
-    Returns B = P·G rollouts, those of a task side by side, and what was spent: "generate" and
-    "tools" in seconds, and "padding", the share of padding in the tokens that the policy was fed.
+    Returns B = P·G rollouts, those of a task side by side, and the seconds spent on "generate" and
+    "tools".
 
     temperature 0 is greedy. Random numbers come from torch's global generator. `sampler` replaces
     the policy by any other source of actions (a recorded chain, a demonstrator); it gets the live
     rollouts and returns (ids, log-probs) for each. `interrupted` is asked before each turn; once it
-    says True, rollouts come back as they are, and are to be thrown away. Raises ValueError, naming
-    the task, if a prompt leaves no room for one turn.
+    says True, rollouts come back as they are, and are to be thrown away. Raises ValueError if a
+    prompt leaves no room for one turn (see `opening_error`).
     """
     rollouts = [r for task in tasks for r in _open(policy, task, limits, group_size, prompt)]
-    spent, fed = {"generate": 0.0, "tools": 0.0}, Counter()
+    seconds = {"generate": 0.0, "tools": 0.0}
     if sampler is None:
         sampler = partial(sample, policy, max_new_tokens=limits.max_new_tokens,
-                          temperature=temperature, interrupted=interrupted, fed=fed)
+                          temperature=temperature, interrupted=interrupted)
     rows = max(1, limits.batch_tokens // limits.max_tokens)
     for first in range(0, len(rollouts), rows):
         batch = rollouts[first:first + rows]
@@ -157,10 +149,9 @@ def roll_out(policy: Policy, tasks: list[dict], tools: Tools, limits: Limits, *,
             observations = _observe(policy, acting, tools, limits)
             for rollout, (result, text) in zip(acting, observations):
                 _append_observation(policy, rollout, result, text, limits)
-            spent["generate"] += sampled - start
-            spent["tools"] += time.perf_counter() - sampled
-    spent["padding"] = 1 - fed["real"] / fed["all"] if fed else 0.0
-    return rollouts, spent
+            seconds["generate"] += sampled - start
+            seconds["tools"] += time.perf_counter() - sampled
+    return rollouts, seconds
 
 
 def _open(policy: Policy, task: dict, limits: Limits, group_size: int, prompt: str
@@ -173,7 +164,7 @@ def _open(policy: Policy, task: dict, limits: Limits, group_size: int, prompt: s
         pictures, images = [picture], [image]
     ids = encode_prompt(policy, opening, images[0] if images else None)
     if len(ids) + limits.max_new_tokens > limits.max_tokens:
-        raise ValueError(f"task {task['id']}: its prompt has {len(ids)} tokens and leaves no room "
+        raise ValueError(f"its prompt has {len(ids)} tokens and leaves no room "
                          f"for a turn of {limits.max_new_tokens} within {limits.max_tokens}; "
                          "raise --max_tokens or lower --max_pixels")
     return [Rollout(task, list(ids), [0] * len(ids), [0.0] * len(ids), list(images),
@@ -304,7 +295,7 @@ def rollout_row(rollout: Rollout, folder: Path | None, name: str) -> dict:
     for n, turn in enumerate(rollout.turns):
         row = {"text": turn.text, "action": turn.action.kind, "observation": turn.observation}
         if result := turn.result:
-            row |= {"ok": result.ok, "error": result.error, "lost": turn.is_lost,
+            row |= {"ok": result.ok, "error": result.error, "lost": result.lost,
                     "seconds": round(result.seconds, 4)}
             if folder and result.image:
                 row["image"] = f"{name}-{n}.png"

@@ -81,7 +81,7 @@ if TYPE_CHECKING:  # it is imported where it is used, as servers of code do with
 
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the released prompt's names
 MAX_ASPECT = 200  # of a picture's sides; Qwen's image processor refuses longer strips
-MAX_PIXELS = 4096 * 4096  # of a picture; what code and model see at most
+MAX_PICTURE = 4096 * 4096  # of a picture; what code and model see at most
 MIN_SIDE = 28  # pixels; code may make no smaller picture, unless its input was as small
 MAX_TEXT = 8_000  # bytes that the model reads of an error
 GRACE = 15.0  # seconds; a server that is silent for so long past the time limit counts as dead
@@ -94,12 +94,13 @@ class ToolResult:
     image: Image.Image | None  # RGB
     error: str | None  # a short kind for the metrics, None when ok
     seconds: float
+    lost: bool = False  # failed through no fault of the model: server, network or budget
 
 
 TOOLS_OFF = ToolResult(False, "The tool is switched off.", None, "off", 0.0)
 
 
-# ---- the table of tools
+# ---- the table of tools --------------------------------------------------------------------------
 class Call(NamedTuple):
     content: str  # what stands between the tags
     pictures: list[Image.Image]  # that the model has seen, the task's own first
@@ -163,7 +164,7 @@ def action_tags() -> list[str]:
     return [*TOOLS, "problem", "answer"]
 
 
-# ---- the action of a turn
+# ---- the action of a turn ------------------------------------------------------------------------
 class Action(NamedTuple):
     kind: str  # one of action_tags(), or "invalid"
     content: str
@@ -235,7 +236,7 @@ def _fenced_blocks(text: str) -> tuple[list[str], list[tuple[str, str]]]:
     return before, [(info, "\n".join(lines)) for info, lines in blocks]
 
 
-# ---- pictures: one way to read a file, one way to make RGB
+# ---- pictures: one way to read a file, one way to make RGB ---------------------------------------
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF",
                  "JPEG2000")  # those of Pillow's for which it starts no program
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -246,7 +247,7 @@ ORIENTATION = 0x0112  # its number in EXIF
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:
-    """The picture in a file as `to_rgb` makes it, scaled down to MAX_PIXELS if it has more.
+    """The picture in a file as `to_rgb` makes it, scaled down to MAX_PICTURE if it has more.
 
     So code may write a picture of the size of its input, however large the file was. Raises
     ValueError if the file is not one of IMAGE_FORMATS or cannot be read.
@@ -254,7 +255,7 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as file:
             picture = to_rgb(file)
-        scale = math.sqrt(MAX_PIXELS / (picture.width * picture.height))
+        scale = math.sqrt(MAX_PICTURE / (picture.width * picture.height))
         if scale >= 1:
             return picture
         return picture.resize([max(1, int(side * scale)) for side in picture.size])
@@ -307,7 +308,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-# ---- code: what passes between trainer, server and child
+# ---- code: what passes between trainer, server and child -----------------------------------------
 KINDS = ("ok", "timeout", "exception", "no_output", "bad_image", "memory", "crash")  # of a reply
 HEADER = struct.Struct("!IIII")  # number, bytes of text, width, height; text and pixels follow
 MAX_REPLY = 1 << 20  # bytes of text
@@ -345,7 +346,7 @@ def _receive(sock: socket.socket, deadline: float = math.inf) -> Frame:
     trusted: it is a request of ours. ValueError if it is too large, EOFError if the other end is
     closed, TimeoutError past the deadline."""
     number, text_bytes, width, height = HEADER.unpack(_read(sock, HEADER.size, deadline))
-    if deadline < math.inf and (text_bytes > MAX_REPLY or width * height > MAX_PIXELS):
+    if deadline < math.inf and (text_bytes > MAX_REPLY or width * height > MAX_PICTURE):
         raise ValueError(f"a frame of {text_bytes} bytes of text and {width}x{height} pixels")
     text = _read(sock, text_bytes, deadline).decode("utf-8", "replace")
     return Frame(number, text, (width, height), _read(sock, width * height * 3, deadline))
@@ -365,7 +366,7 @@ def _read(sock: socket.socket, size: int, deadline: float) -> bytearray:
     return data
 
 
-# ---- code: the trainer's side
+# ---- code: the trainer's side --------------------------------------------------------------------
 # A server gets these variables and, of ours, those without which some interpreters do not start
 # (those of a cluster's modules, for instance).
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
@@ -503,7 +504,7 @@ def _start_variables() -> dict[str, str]:
     return {name: existing(os.environ[name]) for name in START if name in os.environ}
 
 
-# ---- code: the server, which forks one child after another
+# ---- code: the server, which forks one child after another ---------------------------------------
 LINE = 3  # a child's file descriptor to its server
 LOCKED = b"!"  # sent when the lock is on: what goes wrong before it is never the code's fault
 LOCK_TEST = """
@@ -606,7 +607,7 @@ def _serve_call(request: Frame, lock: Lock | None) -> Frame:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---- code: the child, which runs one call
+# ---- code: the child, which runs one call --------------------------------------------------------
 def _child(code: str, image: Image.Image, seconds: float, folder: str, line: int,
            lock: Lock | None) -> None:
     """Never returns: whatever goes wrong in here must not run on as a second server."""
@@ -676,8 +677,8 @@ def _run_code(code: str, image: Image.Image, output: str) -> tuple[str, str, Ima
             made = Image.open(output, formats=IMAGE_FORMATS)
         elif made is None:
             return "no_output", f"Error: the code wrote no '{OUTPUT}'{said}", None
-        if made.width * made.height > MAX_PIXELS:  # the header claims so: nothing is decoded yet
-            raise ValueError(f"it has {made.width}x{made.height} pixels, more than {MAX_PIXELS}")
+        if made.width * made.height > MAX_PICTURE:  # the header claims so: nothing is decoded yet
+            raise ValueError(f"it has {made.width}x{made.height} pixels, more than {MAX_PICTURE}")
         return "ok", "", to_rgb(made)
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         return "bad_image", f"Error: '{OUTPUT}' is unusable: {error}", None
@@ -692,7 +693,7 @@ def _describe(error: BaseException) -> str:
     return f"line {line}: {message}" if line else message
 
 
-# ---- code: the lock, which is what the kernel lets the child do
+# ---- code: the lock, which is what the kernel lets the child do ----------------------------------
 # System calls as "name x86_64 aarch64", "-" where a machine has none. All others are refused.
 SYSCALLS = """read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68,
     lseek 8 62, openat 257 56, close 3 57, dup 32 23, dup2 33 -, dup3 292 24, fcntl 72 25,
@@ -819,7 +820,7 @@ def _libc(function: str, *args: int | bytes) -> int:
     return result
 
 
-# ---- the search tool
+# ---- the search tool -----------------------------------------------------------------------------
 Passages = list[tuple[str, str]]  # [(text, address of its page or "")], best first
 FETCH_SECONDS, RETRY_SECONDS = 20.0, 60.0  # of one request; of all tries without a success between
 MAX_BODY, MAX_ADDRESS = 4 << 20, 8_000  # bytes of a reply; characters
@@ -1039,16 +1040,16 @@ class SearchTool:
             self._budget = budget
 
     def _search(self, query: str) -> ToolResult:
-        started, passages = time.monotonic(), []
+        started, passages, lost = time.monotonic(), [], False
         try:
             passages = self._look_up(query) if query else []
             error = None if passages else "no_results" if query else "empty_query"
         except RequestFailed as failure:
-            error = str(failure)
+            error, lost = str(failure), True
         text = " ".join(f"{rank}. Content: {_shortened(passage)}"
                         for rank, passage in enumerate(passages, start=1))
         text = text or NO_PASSAGES.get(error, f"The search failed: {error}.")
-        return ToolResult(not error, text, None, error, time.monotonic() - started)
+        return ToolResult(not error, text, None, error, time.monotonic() - started, lost)
 
     def _look_up(self, query: str) -> list[str]:
         """The passages that the cache has, or else those of the backend, which are put there.
@@ -1152,7 +1153,7 @@ def _shortened(passage: str) -> str:
     return text if len(text) <= MAX_PASSAGE else text[:MAX_PASSAGE] + " […]"
 
 
-# ---- the network, where everything may be slow, endless, broken or hostile
+# ---- the network, where everything may be slow, endless, broken or hostile -----------------------
 REDIRECTS = 4  # that are followed to a public page
 # Of texts: Python knows others too, some of which take hours to decode.
 CHARSETS = re.compile("utf-?(8|16|32)|iso|windows|cp|gb|big5|euc|shift|koi8|(us-)?ascii|latin")

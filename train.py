@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-VL-7B-Instruct --tasks ... --lr 1e-6
     python train.py --help                     # every flag, with its unit
 
-Read `main` first. Its loop shows the seven stages of a step: sample prompts, roll out, score,
-advantages, update, log, checkpoint. What it calls follows in that order, then start and resume.
+Read `main` first. Its loop shows the seven stages of a step: sample prompts, roll out, reward,
+advantages, update, log, checkpoint. What it calls follows in that order, then the start.
 
 All randomness of a step comes from (seed, step, rank). A run that is killed at any moment and
 resumed leaves the same metrics and weights as one that is left alone, on CPUs bit for bit.
@@ -15,7 +15,6 @@ Left out on purpose: a trainer class, callbacks, batches that mix old and new ro
 
 Legend: P prompts a step, G samples a prompt, B = P·G rollouts, T tokens.
 """
-import hashlib
 import json
 import math
 import os
@@ -34,25 +33,25 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.optim import AdamW, Optimizer
 from transformers.utils import logging as hf_logging
 
-from data.files import (append_json_line, checkpoints, clean, holds, nothing_left, publish,
-                        read_json_lines, take_folder, write_json_lines, write_whole)
+from data.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from data.files import (append_json_line, holds, nothing_left, publish, read_json_lines,
+                        take_folder, write_json_lines, write_whole)
 from data.flags import fail, flag, parse_flags
 from data.tasks import describe, load_tasks
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
-from model import (MAX_PIXELS, MIN_PIXELS, Policy, all_reduce, check_model, copy_policy, export,
-                   gather, gathered, load_policy, score, start_ranks)
+from model import (MAX_PIXELS, MIN_PIXELS, Policy, action_logps, all_reduce, check_model, clock,
+                   copy_policy, export, gather, gathered, is_lead, load_policy, share_of_rank,
+                   start_ranks)
 from reward import (STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward,
                     weighted_sum)
-from rollout import (Limits, Rollout, Tools, collate, micro_batches, opening_error, roll_out,
+from rollout import (Limits, Rollout, collate, micro_batches, opening_error, roll_out,
                      rollout_row)
-from tools import CodeTool, SearchTool, action_tags, parse_action
+from tools import CodeTool, SearchTool, Tools, action_tags, parse_action
 
 # Numbers given as flags are above 0 and finite, but for these bounds.
 LEAST = {"group_size": 2, "lr_decay": 0, "seed": 0, "beta": 0, "search_pages": 0,
@@ -100,7 +99,8 @@ class Config:
     lr: float = flag(
         1.5e-4, "learning rate of AdamW at the start; the released code for 3B and 7B: 1e-6")
     lr_decay: float = flag(
-        0.8, "share of lr lost by the last update, linearly, 0 to 1; the released code: 1")
+        0.8, "lr falls linearly to (1 - lr_decay) · lr, which is due after the last update; "
+        "the released code: 1")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     beta: float = flag(0.04, "weight of the KL to the starting model; 0 loads no reference")
     updates_per_batch: int = flag(
@@ -137,7 +137,8 @@ class Config:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            least, most = LEAST.get(name, 1e-9), MOST.get(name, 1e99)
+            least = LEAST.get(name, 1e-9)
+            most = MOST.get(name, 1e99 if type(value) is float else 2**40)
             if type(value) in (int, float) and not least <= value <= most:
                 bounds = f"at least {LEAST[name]}" if name in LEAST else "above 0"
                 raise ValueError(f"--{name} {value}: must be a finite number {bounds}"
@@ -152,16 +153,17 @@ class Config:
 
     def limits(self) -> Limits:
         """What a rollout may spend; in mode "step" it is one turn."""
-        return Limits(1 if self.mode == "step" else self.max_turns, self.max_new_tokens,
-                      self.max_tokens, self.max_observation_tokens, self.max_images,
-                      self.batch_tokens)
+        return Limits(max_turns=1 if self.mode == "step" else self.max_turns,
+                      max_new_tokens=self.max_new_tokens, max_tokens=self.max_tokens,
+                      max_observation_tokens=self.max_observation_tokens,
+                      max_images=self.max_images, batch_tokens=self.batch_tokens)
 
     @property
     def out(self) -> Path:
         """The output folder."""
         return Path(self.output_dir)
 
-    def with_ranks(self) -> dict:
+    def flags(self) -> dict:
         """The flags and the number of ranks, as config.json keeps them."""
         return {"ranks": dist.get_world_size(), **asdict(self)}
 
@@ -195,10 +197,10 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                     policy, prompts, tools, config.limits(), group_size=config.group_size,
                     temperature=config.temperature, prompt=config.prompt, interrupted=stop.is_due)
             if reason := stop.agreed():  # the rollouts may be incomplete: they are thrown away
-                save_checkpoint(policy, optimizer, step, config)
+                save_checkpoint(config.out, step, policy, optimizer, config.flags(), config.keep)
                 return f"before step {step + 1}: {reason}"
 
-            # 3. score
+            # 3. reward
             parts = [reward_parts(rollout, config.mode) for rollout in rollouts]
             rewards = [weighted_sum(each, config.reward_weights()) for each in parts]
 
@@ -207,26 +209,27 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
             advantages = group_advantages(rewards_by_prompt, config.loss).flatten().tolist()  # (B,)
 
             # 5. update
-            start_of_score = time.perf_counter()
+            start_of_reference = clock()
             batches, num_real = even_micro_batches(policy, rollouts, advantages,
                                                    config.micro_batch_tokens)
             ref_logps = reference_logps(reference, batches, config.temperature)
-            start_of_update = time.perf_counter()
+            start_of_update = clock()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             metrics = update(policy, optimizer, batches, num_real, ref_logps, config)
-            seconds["score"] = start_of_update - start_of_score
-            seconds["update"] = time.perf_counter() - start_of_update
+            seconds["reference"] = start_of_update - start_of_reference
+            seconds["update"] = clock() - start_of_update
 
             # 6. log
-            scored = list(zip(rollouts, parts, rewards, advantages))
-            log_step(step + 1, scored, metrics, seconds, failed, start, config)
+            rewarded = list(zip(rollouts, parts, rewards, advantages))
+            log_step(step + 1, rewarded, metrics, seconds, failed, start, config)
             skipped = skipped + 1 if metrics["skipped"] else 0
 
             # 7. checkpoint
             is_last = step + 1 == config.steps or skipped == config.max_skipped
             if is_last or (step + 1) % config.save_every == 0:
-                save_checkpoint(policy, optimizer, step + 1, config)
+                save_checkpoint(config.out, step + 1, policy, optimizer, config.flags(),
+                                config.keep)
             if skipped == config.max_skipped:
                 raise FloatingPointError(f"before step {step + 2}: {skipped} steps in a row had a "
                                          "loss or gradient that is not finite")
@@ -267,16 +270,6 @@ class Stop:
     def agreed(self) -> str:
         """The reason of the first rank that has one. All ranks call it together."""
         return next(filter(None, gather([self.reason()])), "")
-
-
-def is_lead() -> bool:
-    """Whether this is the first rank, which writes the files and speaks for all."""
-    return dist.get_rank() == 0
-
-
-def share_of_rank(items: list) -> list:
-    """Every item is in the share of one rank."""
-    return items[dist.get_rank()::dist.get_world_size()]
 
 
 # ---- 1. sample prompts ---------------------------------------------------------------------------
@@ -320,7 +313,7 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed * 100_003 + step) * 1_009 + dist.get_rank())
 
 
-# ---- 3. score ------------------------------------------------------------------------------------
+# ---- 3. reward -----------------------------------------------------------------------------------
 def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
     """The named parts of the reward, each within 0 and 1; mode: "episode" or "step"."""
     task, turns = rollout.task, rollout.turns
@@ -331,7 +324,7 @@ def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
                            golds=task["answers"], tags=action_tags())
     is_coding = task["family"] == "coding"
     problems = [turn.action.content for turn in turns if turn.action.kind == "problem"]
-    calls = [turn for turn in turns if turn.result is not None and not turn.is_lost]
+    calls = [turn for turn in turns if turn.result is not None and not turn.result.lost]
     evidence = [turn.result.text for turn in calls if turn.action.kind == "search"]
     return episode_reward(
         [turn.text for turn in turns], rollout.answer, task["answers"],
@@ -372,7 +365,7 @@ def reference_logps(reference: Policy | None, batches: list,
     """Log-probs of the starting model, (B, T) nats each micro-batch; None without a reference."""
     if reference is None:
         return [None] * len(batches)
-    logps = [score(reference, batch, temperature)[0] for batch in batches]
+    logps = [action_logps(reference, batch, temperature)[0] for batch in batches]
     reference.model.reshard()  # the root stays whole after a forward
     return logps
 
@@ -399,7 +392,7 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
     for _ in range(config.updates_per_batch):
         sums = Counter()
         for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
-            logps, entropy = score(policy, batch, config.temperature)  # (B, T)
+            logps, entropy = action_logps(policy, batch, config.temperature)  # (B, T)
             weights = token_weights(
                 batch.action_mask, config.loss, num_rollouts=counts["rollouts"],
                 num_tokens=counts["tokens"], max_tokens=max_tokens)
@@ -434,26 +427,27 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
 
 
 # ---- 6. log --------------------------------------------------------------------------------------
-def log_step(step: int, scored: list[tuple[Rollout, dict, float, float]], metrics: dict[str, float],
-             seconds: dict[str, float], failed: set, start: float, config: Config) -> None:
+def log_step(step: int, rewarded: list[tuple[Rollout, dict, float, float]],
+             metrics: dict[str, float], seconds: dict[str, float], failed: set, start: float,
+             config: Config) -> None:
     """Write the step's row of metrics.jsonl and, now and then, its rollouts; print the row.
 
-    scored: (rollout, reward parts, reward, advantage) of this rank; failed: ids of tasks that could
-    not be opened; start: time.perf_counter() at the start. The README defines every metric.
+    rewarded: (rollout, reward parts, reward, advantage) of this rank; failed: ids of tasks that
+    could not be opened; start: time.perf_counter() at the start. The README defines every metric.
     """
     is_written = step in (1, config.steps) or step % config.rollouts_every == 0
     folder, rows = config.out / "rollouts" if is_written else None, []
-    for i, (rollout, parts, reward, advantage) in enumerate(scored):
+    for i, (rollout, parts, reward, advantage) in enumerate(rewarded):
         row = rollout_row(rollout, folder, f"step_{step}/{dist.get_rank()}-{i}")
         rows.append({**row, "reward_parts": parts, "reward": reward, "advantage": advantage,
                      "success": success(rollout, config.mode)})
     rows = gather(rows)
     num_failed = len(set(gather(list(failed))))
     spent = all_reduce({**seconds, "all": time.perf_counter() - start}, dist.ReduceOp.MAX)
-    padding, total = spent.pop("padding"), spent.pop("all")
+    total = spent.pop("all")
     row = {"step": step, **rollout_metrics(rows, config.reward_weights()),
            "tasks_failed": num_failed, **metrics, "lr": learning_rate(step - 1, config),
-           "tokens_per_s": metrics["tokens"] / total, "padding": padding, "seconds": total,
+           "tokens_per_s": metrics["tokens"] / total, "seconds": total,
            **{f"seconds_{name}": value for name, value in spent.items()}}
     if is_lead():
         append_json_line(config.out / "metrics.jsonl", row)
@@ -485,7 +479,7 @@ def rollout_metrics(rows: list[dict], parts: Iterable[str]) -> dict[str, float |
             "searches_lost": sum(turn.get("lost", False) for turn in turns),
             "stop_length": mean(row["stop"] == "length" for row in rows),
             "stop_invalid": mean(row["stop"] == "invalid" for row in rows),
-            "flat_groups": mean(row["advantage"] == 0 for row in rows)}
+            "zero_advantage": mean(row["advantage"] == 0 for row in rows)}
 
 
 def step_line(row: dict, steps: int) -> str:
@@ -494,16 +488,16 @@ def step_line(row: dict, steps: int) -> str:
                      if name.startswith("reward_") and value is not None)
     rate = "" if row["success"] is None else f"success {row['success']:.0%}  "
     seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}"
-                       for name in ("generate", "tools", "score", "update"))
+                       for name in ("generate", "tools", "reference", "update"))
     left = int(row["seconds"] * (steps - row["step"]))
     notes = {f"{row['tasks_failed']} tasks failed": row["tasks_failed"] > 0,
              f"{row['searches_lost']} searches lost": row["searches_lost"] > 0,
              "SKIPPED: loss or gradient not finite": row["skipped"] > 0,
              "COLLAPSED: no turn is valid": row["valid_turns"] == 0,
-             "NOTHING TO LEARN FROM: all rewards of every group are equal": row["flat_groups"] == 1}
+             "NOTHING TO LEARN FROM: all advantages are 0": row["zero_advantage"] == 1}
     return (f"step {row['step']:>3}/{steps}  reward {row['reward']:.2f} ({parts})  {rate}"
             f"kl {row['kl']:.4f}  gap {row['gap']:.0e}  {row['tokens_per_s']:.0f} tok/s  "
-            f"{row['seconds']:.1f} s ({seconds})  padding {row['padding']:.0%}  "
+            f"{row['seconds']:.1f} s ({seconds})  "
             f"left {left // 60}:{left % 60:02d}"
             + "".join(f"  {note}" for note, is_so in notes.items() if is_so))
 
@@ -574,96 +568,6 @@ def finish(policy: Policy, config: Config, seconds: float) -> None:
     print(f"done in {seconds:.0f} s; the model is in {out / 'model'}\n{json.dumps(summary)}")
 
 
-# ---- 7. checkpoints and resume -------------------------------------------------------------------
-def save_checkpoint(policy: Policy, optimizer: Optimizer, step: int, config: Config) -> None:
-    """Keep the state after `step` updates, unless that is there or is the start. All ranks call it.
-
-    It is written beside, with the checksum of every file, and renamed: a checkpoint is whole or not
-    there. The last --keep stay.
-    """
-    final = config.out / f"checkpoint-{step}"
-    beside = final.with_suffix(".tmp")
-    if step == 0 or final.exists():
-        return
-    dcp.save(state_of(policy, optimizer), checkpoint_id=beside)  # on the disk when it returns
-    if is_lead():
-        write_whole(beside / "config.json", json.dumps(config.with_ranks()))
-    files = checksums(beside)
-    if is_lead():
-        write_whole(beside / "manifest.json", json.dumps(files, indent=1) + "\n")
-        beside.rename(final)
-        for _, old in checkpoints(config.out)[:-config.keep]:
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never in parts under its own name
-    dist.barrier()
-
-
-def load_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
-    """Put back what `save_checkpoint` kept, on any number of ranks."""
-    state = state_of(policy, optimizer)
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"])
-
-
-def state_of(policy: Policy, optimizer: Optimizer) -> dict[str, dict]:
-    """Weights and moments by name, each rank's part of them."""
-    weights, moments = get_state_dict(policy.model, optimizer)
-    return {"model": weights, "optimizer": moments}
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a checkpoint but its manifest. Ranks share the work."""
-    names, found = gather(os.listdir(folder) if is_lead() else []), []
-    for name in sorted(set(names) - {"manifest.json"})[dist.get_rank()::dist.get_world_size()]:
-        with open(folder / name, "rb") as file:
-            found.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
-    return dict(gather(found))
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """Names of the files of a checkpoint that are not as they were written. All ranks call it."""
-    found = checksums(folder)
-    try:
-        wanted = dict(json.loads((folder / "manifest.json").read_text()))
-        return sorted({name for name, _ in wanted.items() ^ found.items()})
-    except (OSError, ValueError, TypeError):  # no manifest, or one that is no table of names
-        return ["manifest.json"]
-
-
-def find_checkpoint(config: Config) -> tuple[int, Path | None]:
-    """(step, folder) of the newest whole checkpoint, or (0, None) if none was written yet.
-
-    What the run wrote later is cut off, to be replayed. Damaged checkpoints are set aside, not
-    deleted. Raises ValueError if all are damaged, or if the run is one of another model.
-    """
-    found, damaged = checkpoints(config.out), []
-    while found and (names := damaged_files(found[-1][1])):
-        damaged.append(found.pop()[1])
-        print(f"{damaged[-1]} is damaged: {', '.join(names)}")
-    if damaged and not found:
-        raise ValueError(f"no checkpoint in {config.out} is whole; bring one back, "
-                         "or choose another --output_dir")
-    step, folder = found[-1] if found else (0, None)
-    path, now = (folder or config.out) / "config.json", config.with_ranks()
-    before = json.loads(path.read_text()) if path.exists() else now
-    if before["model"] != config.model:
-        raise ValueError(f"{config.out} is a run of --model {before['model']}, where its KL "
-                         "starts; give that one")
-    said = f"resumes from {folder}" if folder else f"{config.out} has no checkpoint: starts anew"
-    changed = [f"{name} {before.get(name)} -> {value}"
-               for name, value in sorted(now.items() - before.items())
-               if name not in ("output_dir", "resume")]
-    if changed:
-        said += f"; changed, so it may be no replay: {', '.join(changed)}"
-    print(said, flush=True)
-    if is_lead() and path.exists():  # or no run has begun there
-        for broken in damaged:
-            broken.rename(broken.with_suffix(".damaged"))
-        clean(config.out, step)
-    dist.barrier()
-    return step, folder
-
-
 # ---- start ---------------------------------------------------------------------------------------
 def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     """Check what can be checked before a model is loaded, and take the output folder.
@@ -704,7 +608,9 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
     start_ranks()
     if not is_lead():
         sys.stdout = open(os.devnull, "w")  # the first rank speaks for all
-    first, folder = find_checkpoint(config) if config.resume else (0, None)
+    first, folder = 0, None
+    if config.resume:
+        first, folder = newest_checkpoint(config.out, config.flags())
     policy = load_policy(
         config.model, shard=True, gradient_checkpointing=config.gradient_checkpointing,
         min_pixels=config.min_pixels, max_pixels=config.max_pixels)
@@ -719,7 +625,7 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
         raise ValueError(f"a checkpoint takes {needed / 1e9:.2g} GB, --output_dir {config.out} "
                          "has less room; make some")
     if is_lead():
-        write_whole(config.out / "config.json", json.dumps(config.with_ranks(), indent=1) + "\n")
+        write_whole(config.out / "config.json", json.dumps(config.flags(), indent=1) + "\n")
         (config.out / "rollouts").mkdir(exist_ok=True)
     print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {describe(tasks)}, "
           f"{len(held_out)} held out, {config.steps} steps of {config.prompts_per_step} x "

@@ -213,17 +213,3 @@ def take_folder(out: Path) -> None:
         if isinstance(error, BlockingIOError):
             why = "another process is at work there"
         raise ValueError(f"--output_dir {out}: {why}; choose another folder") from None
-
-
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint of a run, oldest first."""
-    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
-
-
-def clean(out: Path, step: int) -> None:
-    """Bring the folder of a run back to what it was after `step` updates."""
-    later = [path for path in (out / "rollouts").glob("step_*") if int(path.stem[5:]) > step]
-    for path in [*later, *out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
-        write_json_lines(path, [row for row in read_json_lines(path) if row["step"] <= step])

@@ -20,7 +20,6 @@ should learn to copy from a result, not the facts.
 """
 import argparse
 import io
-import json
 import math
 import random
 import sys
@@ -38,7 +37,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import make_tasks
 from build_index import index_corpus, read_corpus
-from model import encode_image, encode_prompt, export, load_policy, score
+from model import encode_image, encode_prompt, export, load_policy, action_logps
 from reward import exact_match
 from rollout import (IMAGE_READY, TIP_NONE, TIP_REPAIR, Limits, Rollout, Tools, collate,
                      instructions, micro_batches, replay, roll_out)
@@ -196,7 +195,7 @@ def cross_entropy_step(policy, optimizer, rows, caption_weight):
     for name, weight in (("caption", caption_weight), ("demonstration", 1.0)):
         part = [r for r in rows if bool(r.turns) == (name == "demonstration")]
         for batch in micro_batches(policy, part, [0.0] * len(part), 8192):
-            logps, _ = score(policy, batch, 1.0)
+            logps, _ = action_logps(policy, batch, 1.0)
             (-weight * logps.sum() / len(rows)).backward()
             sums[name] -= logps.sum().item()
             counts[name] += int(batch.action_mask.sum())
@@ -212,7 +211,7 @@ def print_unsure_tokens(policy, rollouts):
     percent: the decisions that are not yet learnt."""
     for r in rollouts:
         batch = collate(policy, [r], [0.0])
-        logps = score(policy, batch, 1.0)[0][0].tolist()
+        logps = action_logps(policy, batch, 1.0)[0][0].tolist()
         tokens = zip(batch.targets[0].tolist(), logps, batch.action_mask[0])
         unsure = [(token, logp) for token, logp, is_action in tokens if is_action and logp < -0.2]
         print("  ", " ".join(f"{policy.tokenizer.decode([token])!r}:{100 * math.exp(logp):.0f}"

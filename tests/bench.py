@@ -43,7 +43,7 @@ from data.tasks import load_tasks  # noqa: E402
 from evaluate import evaluate_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
 # noqa: E402
-from model import EncodedImage, gathered, load_policy, model_inputs, score, start_ranks
+from model import EncodedImage, gathered, load_policy, model_inputs, action_logps, start_ranks
 from rollout import Limits, Rollout, Tools, collate, roll_out  # noqa: E402
 from tools import Action, ToolResult  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
@@ -518,7 +518,7 @@ def bench_slice(args):
         products.append(
             product_rate([(tokens, 2048, 11_008), (tokens, 11_008, 2048), (2048, tokens, 11_008)]))
         start = seconds_now()
-        score(policy, batch, 1.0)[0].sum().backward()
+        action_logps(policy, batch, 1.0)[0].sum().backward()
         rates.append(operations / (seconds_now() - start))
     share = median(a / b for a, b in zip(rates, products))
     print(f"\nTwo layers of 3B, {tokens} tokens, forward and backward: {operations / 1e9:,.0f} · 10⁹ operations, "

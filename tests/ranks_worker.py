@@ -17,7 +17,7 @@ import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 
-from model import copy_policy, export, gathered, load_policy, sample, score  # noqa: E402
+from model import copy_policy, export, gathered, load_policy, sample, action_logps  # noqa: E402
 from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
 from tools import CodeTool  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
@@ -96,7 +96,7 @@ def sample_and_score(folder, whole):
     batch = collate(policy, roll_out(whole, [task(0, "Why?")], Tools(), LIMITS,
                                      sampler=recorded)[0], [0.0])
     with torch.no_grad():
-        logps = [score(p, batch, 1.0)[0] for p in (policy, whole)]
+        logps = [action_logps(p, batch, 1.0)[0] for p in (policy, whole)]
     return {"sharded": played, "whole": play(whole, dist.get_rank()), "left": left, "here": spread,
             "logps": logps}
 
@@ -150,7 +150,7 @@ def in_bfloat16(folder, frozen_head=False):
     logps, gradients = [], []
     for policy in (sharded, whole):
         policy.model.lm_head.weight.requires_grad_(not frozen_head)
-        values, _ = score(policy, batch, 1.0)
+        values, _ = action_logps(policy, batch, 1.0)
         values.sum().backward()
         logps.append(values.detach())
         named = policy.model.named_parameters()
@@ -198,7 +198,7 @@ def main(model, reference, out):
     copy = copy_policy(policy)
     batches, _ = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], LARGE)
     with torch.no_grad():
-        logps = [score(p, batches[0], 1.0)[0] for p in (policy, copy)]
+        logps = [action_logps(p, batches[0], 1.0)[0] for p in (policy, copy)]
     for p in (policy, copy):
         p.model.reshard()
     keep("copy", {"weights": weights(copy), "here": here(copy), "logps": logps})

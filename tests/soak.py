@@ -29,7 +29,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}  
 # Where a killed process was, by the first function of these that its stack holds.
 PLACES = {"_observe": "tool call", "export": "export", "publish": "export", "save_checkpoint": "checkpoint", "update": "update",
           "reference_logps": "reference", "evaluate_policy": "evaluation", "roll_out": "rollout", "log_step": "log",
-          "find_checkpoint": "resume", "load_policy": "load"}
+          "newest_checkpoint": "resume", "load_policy": "load"}
 
 
 def start(ranks: int, out: Path, *flags: str, launcher: tuple[str, ...] = (), **settings) -> subprocess.Popen:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import tools as tools_module
 from data.tasks import load_tasks
-from model import encode_observation, score
+from model import encode_observation, action_logps
 from reward import turn_is_valid
 from rollout import Limits, collate, instructions, replay, roll_out, rollout_row
 from tools import TOOLS, Call, CodeTool, SearchTool, Tools, action_tags, parse_action
@@ -99,7 +99,7 @@ def test_its_image_is_new_in_the_context_and_none_of_it_is_trained_on(policy, li
     assert int(batch.action_mask.sum()) == len(first) + len(last)
     assert batch.inputs["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
     with torch.no_grad():
-        assert score(policy, batch, 1.0)[0].isfinite().all()
+        assert action_logps(policy, batch, 1.0)[0].isfinite().all()
 
 
 def test_the_full_prompt_of_its_family_names_it(zoom):
@@ -147,7 +147,7 @@ def test_what_it_cannot_do_is_an_error_that_the_model_reads(policy, live, zoom, 
     [rollout] = play(policy, [task()], {1: chain}, live)
     call = rollout.turns[0]
     assert call.observation == "Error: zoom takes four numbers"
-    assert (call.result.error, call.is_lost, len(rollout.images)) == ("bad_box", False, 1)
+    assert (call.result.error, call.result.lost, len(rollout.images)) == ("bad_box", False, 1)
     assert reward_parts(rollout, "episode") == {"format": 1.0, "accuracy": 1.0, "tools": 0.0}
 
 

@@ -1,7 +1,6 @@
 """evaluate.py: every published layout loads, every bad row is named, predictions score as
 published, the CLI fails well."""
 import json
-import re
 import subprocess
 import sys
 import time

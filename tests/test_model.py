@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +22,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from model import (EncodedImage, check_model, draw, encode_image, encode_observation, encode_prompt,
-                   encode_text, export, image_tokens, load_policy, model_inputs, sample, score)
+                   encode_text, export, image_tokens, load_policy, model_inputs, sample, action_logps)
 from rollout import collate
 
 # ids of the laptop tokenizer; rows of the embedding, padded as the hub pads 151,665 to 151,936
@@ -798,18 +797,13 @@ def test_a_prompt_is_encoded_once_a_group_and_rows_that_ended_leave_the_cache(
         kept.append((len(inputs["input_ids"]), len(inputs["past_key_values"].layers[0].keys)))
         return output
     monkeypatch.setattr(biased.model.model, "forward", counted)
-    fed = Counter()
-    turns = sample(biased, live, 40, 1.0, fed=fed)
+    sample(biased, live, 40, 1.0)
     longest = max(len(rows["image"].ids), len(rows["text"].ids)) - 1
     assert encoded[0] == (2, longest)
     assert all(ids == cached for ids, cached in kept)
     sizes = [size for size, _ in groupby(ids for ids, _ in kept[1:])]
     assert len(sizes) > 1 and sizes[0] == 8
     assert all(2 * after <= before for before, after in zip(sizes, sizes[1:]))
-    assert fed["all"] == sum(rows * tokens for rows, tokens in encoded)
-    sampled = sum(len(ids) for ids, _ in turns)
-    # each sampled token's predecessor
-    assert fed["real"] == len(rows["image"].ids) + len(rows["text"].ids) - 2 + sampled
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -838,7 +832,7 @@ def test_threads_give_the_same_gradient_each_time(policy, image):
     torch.set_num_threads(4)
     for _ in range(8):
         policy.model.zero_grad()
-        score(policy, batch, 1.0)[0].sum().backward()
+        action_logps(policy, batch, 1.0)[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
     torch.set_num_threads(1)
     policy.model.zero_grad()
@@ -853,7 +847,7 @@ def test_threads_give_the_same_gradient_each_time(policy, image):
 def test_scores_are_the_log_probs_of_the_plain_model(hub, plain, rows, names, temperature):
     batch = [rows[name] for name in names]
     row = packed(hub, batch)
-    logps, entropy = score(hub, row, temperature)
+    logps, entropy = action_logps(hub, row, temperature)
     mask = row.action_mask
     assert (logps.shape, entropy.shape, logps.dtype, entropy.dtype) == (
         mask.shape, mask.shape, torch.float32, torch.float32)
@@ -878,7 +872,7 @@ def test_what_was_sampled_is_scored_the_same(hub, rows):
     with torch.no_grad():
         row = packed(hub, whole,
                      [[0] * len(row.ids) + [1] * len(ids) for row, (ids, _) in zip(batch, sampled)])
-        logps, _ = score(hub, row, 0.9)
+        logps, _ = action_logps(hub, row, 0.9)
     for b, (_, expected) in enumerate(sampled):
         assert torch.allclose(logps[b][row.action_mask[b]], torch.tensor(expected), atol=TOLERANCE)
 
@@ -890,7 +884,7 @@ def test_a_score_does_not_depend_on_what_comes_later(hub, rows):
     for row in (short, long):
         mask = [int(len(short.ids) - 5 <= i < len(short.ids)) for i in range(len(row.ids))]
         with torch.no_grad():
-            results.append(score(hub, packed(hub, [row], [mask]), 1.0)[0][0, :5])
+            results.append(action_logps(hub, packed(hub, [row], [mask]), 1.0)[0][0, :5])
     assert torch.allclose(*results, atol=1e-5)
 
 
@@ -930,7 +924,7 @@ def test_the_gradient_of_a_packed_group_is_that_of_the_plain_model_on_each_sampl
     assert row.segments == [(len(image.ids), [3, 10, 6 + len(observation), 1]),
                             (len(text.ids), [3])]
     assert row.inputs["input_ids"].shape[1] == len(image.ids) + 20 + len(observation) + len(text.ids) + 3
-    score(policy, row, 1.0)[0].sum().backward()
+    action_logps(policy, row, 1.0)[0].sum().backward()
     expected = plain_gradient(model, batch, masks)
     for name, mine in policy.model.named_parameters():
         assert expected[name].norm() > 0, name
@@ -940,7 +934,7 @@ def test_the_gradient_of_a_packed_group_is_that_of_the_plain_model_on_each_sampl
 
 def test_a_batch_without_images_gives_the_vision_tower_a_gradient_of_zero(model_folder):
     policy = load_policy(str(model_folder))
-    score(policy, packed(policy, [Row([5, 6, 7, 8])], [[0, 0, 1, 1]]), 1.0)[0].sum().backward()
+    action_logps(policy, packed(policy, [Row([5, 6, 7, 8])], [[0, 0, 1, 1]]), 1.0)[0].sum().backward()
     for parameter in policy.model.model.visual.parameters():
         # there is one, for FSDP to reduce
         assert parameter.grad is not None and parameter.grad.count_nonzero() == 0
@@ -952,7 +946,7 @@ def test_gradient_checkpointing_changes_no_score_and_no_gradient(hub_folder, row
     for checkpointing in (False, True):
         policy = load_policy(str(hub_folder), gradient_checkpointing=checkpointing)
         policy.model.train()
-        logps, _ = score(policy, packed(policy, [rows["images"]]), 1.0)
+        logps, _ = action_logps(policy, packed(policy, [rows["images"]]), 1.0)
         logps.sum().backward()
         results.append((logps.detach(),
                         torch.cat([p.grad.flatten() for p in policy.model.parameters()])))
@@ -1048,7 +1042,7 @@ def test_two_layers_of_3b_learn_from_an_image_of_401_408_pixels(model_folder, tm
     ids = [151644, 872, 198, 151652, *[IMAGE] * 512, 151653, 3838, 30, 151645, 198, 151644, 77091,
            198, 785, 4226, 151645]
     row = packed(policy, [Row(ids, [image])], [[0] * (len(ids) - 3) + [1] * 3])
-    logps, entropy = score(policy, row, 1.0)
+    logps, entropy = action_logps(policy, row, 1.0)
     logps.sum().backward()
     # With random weights the 151,652 ids left are about equally likely. ln 151,652 = 11.93; logits
     # have a std of 0.9 (0.45 at a fourth) and so take half of its square off the entropy; one log-

@@ -19,7 +19,7 @@ from data.report import _embed  # noqa: E402
 from data.tasks import load_tasks  # noqa: E402
 from model import encode_image, load_policy  # noqa: E402
 from rollout import Rollout, _load_image  # noqa: E402
-from tools import MAX_PIXELS, OUTPUT, CodeTool, open_picture, to_rgb  # noqa: E402
+from tools import MAX_PICTURE, OUTPUT, CodeTool, open_picture, to_rgb  # noqa: E402
 
 SIZE = (40, 32)
 UNLOCKED = sys.platform != "linux"
@@ -235,7 +235,7 @@ def test_an_orientation_counts_though_the_rest_cannot_be_written(tmp_path):
 # ---- sizes
 def test_a_large_photo_is_bounded_once_and_can_be_repaired_in_its_size(policy, tool, task_of):
     picture, _ = _load_image(policy, task_of(saved(Image.new("1", (5000, 4000)), "PNG"))["image"])
-    assert picture.size == (4579, 3663) and 4579 * 3663 <= MAX_PIXELS  # 4096 * sqrt(5 / 4), 4096 * sqrt(4 / 5)
+    assert picture.size == (4579, 3663) and 4579 * 3663 <= MAX_PICTURE  # 4096 * sqrt(5 / 4), 4096 * sqrt(4 / 5)
     same = tool.run(f"image.save({OUTPUT!r}, 'BMP')", picture)
     assert (same.text, same.image.size) == ("", picture.size)
     turned = tool.run(f"image.rotate(90, expand=True).save({OUTPUT!r}, 'BMP')", picture)

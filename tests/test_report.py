@@ -89,8 +89,8 @@ def training_run(folder, steps, group_size=2, **config):
          "reward_accuracy": n / last,
          "kl": 0.01 * n, "gap": 3e-7 * n, "entropy": 0.3, "grad_norm": None if n == 2 else 1.5,
          "tool_errors": 0.1,
-         "stop_length": 0.0, "stop_invalid": 0.0, "padding": 0.2, "seconds": 2.0,
-         "seconds_generate": 1.0, "seconds_tools": 0.2, "seconds_score": 0.1, "seconds_update": 0.7}
+         "stop_length": 0.0, "stop_invalid": 0.0, "seconds": 2.0,
+         "seconds_generate": 1.0, "seconds_tools": 0.2, "seconds_reference": 0.1, "seconds_update": 0.7}
         for n in range(1, last + 1)])
     held_out = {"by_family": {"search": 0.25}, "by_type": {"search": 0.25}, "n": 4}
     write_rows(folder / "evaluations.jsonl", [
@@ -432,7 +432,7 @@ def test_a_training_run_is_shown(tmp_path, browser):
                                       "75.0 % after step 9, 0.0 % with the tools off. Took 12 s."]
     assert browser.texts(".chart h3") == ["Success", "Reward and its parts", "KL", "Gap", "Entropy",
                                           "Gradient norm",
-                                          "What goes wrong", "Seconds a step", "Padding"]
+                                          "What goes wrong", "Seconds a step"]
     assert browser.texts(".chart:first-child .legend li") == [
         "step 9", "rollouts 100.0 %", "held out, tools on 75.0 %", "held out, tools off 0.0 %"]
     assert browser.texts("tbody tr:first-child")[0].split("\t") == ["all", "25.0 %", "75.0 %", "0.0 %"]
@@ -603,7 +603,7 @@ def test_the_keyboard_reaches_and_works_everything(tmp_path, browser):
         "A Skip to the rollouts", "SUMMARY All flags", "SUMMARY The same numbers as a table",
         "DIV share of exact matches, 4 tasks, last evaluation at step 9", "SELECT step 1",
         "BUTTON ← Earlier", "SELECT all", "SELECT all", "INPUT ", "SUMMARY sample 1"]
-    assert sum(stop.startswith("svg") for stop in stops) == 9
+    assert sum(stop.startswith("svg") for stop in stops) == 8
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     assert browser.run("document.activeElement.parentElement.open") is True
     browser.press("Enter")

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from conftest import environments_of_ranks, start_script
 
-from data.files import append_json_line, checkpoints, read_json_lines, take_folder, write_whole
+from data.checkpoints import checkpoints, damaged_files, newest_checkpoint
+from data.files import append_json_line, read_json_lines, take_folder, write_whole
 from model import start_ranks
-from train import Config, damaged_files, find_checkpoint, rollout_metrics, step_line
+from train import Config, rollout_metrics, step_line
 
 ROOT = Path(__file__).parent.parent
 TINY = {"steps": 4, "save_every": 2, "rollouts_every": 2, "eval_limit": 2, "prompts_per_step": 2,
@@ -225,24 +226,24 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(run_fol
         flip_a_byte(folder / "config.json")
     before = left_by(run_folder)
     with pytest.raises(ValueError, match=r"no checkpoint in .*run is whole; bring one back"):
-        find_checkpoint(config(run_folder))
+        newest_checkpoint(run_folder, config(run_folder).flags())
     assert left_by(run_folder) == before
 
 
 def test_other_flags_are_said_aloud_and_another_model_is_refused(run_folder, one_rank, capsys):
-    assert find_checkpoint(config(run_folder)) == (4, run_folder / "checkpoint-4")
+    assert newest_checkpoint(run_folder, config(run_folder).flags()) == (4, run_folder / "checkpoint-4")
     assert capsys.readouterr().out == f"resumes from {run_folder / 'checkpoint-4'}\n"
-    find_checkpoint(config(run_folder, lr=0.5, steps=9))
+    newest_checkpoint(run_folder, config(run_folder, lr=0.5, steps=9).flags())
     said = capsys.readouterr().out
     assert "; changed, so it may be no replay: lr 0.00015 -> 0.5, steps 4 -> 9\n" in said
     with pytest.raises(ValueError, match="is a run of --model data/model, where its KL starts"):
-        find_checkpoint(config(run_folder, model="other/model"))
+        newest_checkpoint(run_folder, config(run_folder, model="other/model").flags())
 
 
 def test_what_is_later_than_the_checkpoint_is_cut(run_folder, one_rank):
     shutil.rmtree(run_folder / "checkpoint-4")
     (run_folder / "checkpoint-3.tmp").mkdir()
-    assert find_checkpoint(config(run_folder)) == (2, run_folder / "checkpoint-2")
+    assert newest_checkpoint(run_folder, config(run_folder).flags()) == (2, run_folder / "checkpoint-2")
     assert [row["step"] for row in read_json_lines(run_folder / "metrics.jsonl")] == [1, 2]
     assert [row["step"] for row in read_json_lines(run_folder / "evaluations.jsonl")] == [0]
     assert {path.stem for path in (run_folder / "rollouts").iterdir()} == {"step_1", "step_2"}
@@ -377,9 +378,9 @@ def row(action="answer", advantage=0.0):
                                         ([row()] * 2, "NOTHING TO LEARN FROM"),
                                         ([row(), row("invalid", 1.0)], "")])
 def test_a_collapsed_run_says_so_in_its_line(rows, note):
-    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds",
+    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "skipped", "seconds",
                           "seconds_generate",
-                          "seconds_tools", "seconds_score", "seconds_update", "tasks_failed"], 0)
+                          "seconds_tools", "seconds_reference", "seconds_update", "tasks_failed"], 0)
     line = step_line(rollout_metrics(rows, ["format"]) | rest, 4)
     assert re.findall("COLLAPSED|NOTHING TO LEARN FROM", line) == [note] * bool(note)
 

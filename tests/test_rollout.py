@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from build_index import index_corpus
 from grpo import token_weights
-from model import Policy, image_tokens, load_policy, sample, score
+from model import Policy, image_tokens, load_policy, sample, action_logps
 from reward import f1_score
 from rollout import Limits, Tools, collate, micro_batches, replay, roll_out, rollout_row
 from tools import CodeTool, SearchTool
@@ -310,7 +310,7 @@ def test_samples_of_a_task_stand_side_by_side_and_equal_prompts_stay_apart(polic
     assert len({tuple(r.ids) for r in rollouts}) == 9  # each one is a sample of its own
     lists = [part for r in rollouts for part in (r.ids, r.logps, r.action_mask, r.images, r.turns)]
     assert len(set(map(id, lists))) == 45
-    assert set(seconds) == {"generate", "tools", "padding"}
+    assert set(seconds) == {"generate", "tools"}
 
 
 def test_the_same_seed_gives_the_same_rollouts(policy):
@@ -474,7 +474,7 @@ def taught(model_folder, tools):
                             max_tokens=0)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=4e-3)
     for _ in range(200):
-        loss = -(weights * score(policy, batch, 1.0)[0]).sum()
+        loss = -(weights * action_logps(policy, batch, 1.0)[0]).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -492,7 +492,7 @@ def test_sampler_and_scorer_are_one_distribution(taught):
     assert min(min(r.logps) for r in rollouts) < -1  # not all of it is learnt by heart
     batch = collate(policy, rollouts, [0.0] * 24)
     with torch.no_grad():
-        logps, _ = score(policy, batch, 0.8)
+        logps, _ = action_logps(policy, batch, 0.8)
     # Sampling adds up with a cache and padding on the left, scoring in one pass: the sixth digit
     # differs.
     assert (logps - batch.sampled_logps).abs().max() < 1e-4
@@ -553,10 +553,10 @@ def test_images_stay_with_their_rows(policy, mixed):
     pixels = torch.cat([image.pixels for r in rows for image in r.images])
     assert torch.equal(batch.inputs["pixel_values"], pixels)
     with torch.no_grad():
-        together = score(policy, batch, 1.0)[0]
+        together = action_logps(policy, batch, 1.0)[0]
         for row, r in enumerate(rows):
             alone = collate(policy, [r], [0.0])
-            logps = score(policy, alone, 1.0)[0][0]
+            logps = action_logps(policy, alone, 1.0)[0][0]
             torch.testing.assert_close(together[row, :len(logps)], logps, atol=1e-5, rtol=0)
 
 
@@ -564,13 +564,13 @@ def test_every_image_matters_to_its_row_and_to_no_other(policy, mixed):
     black = [image._replace(pixels=torch.zeros_like(image.pixels)) for image in mixed[2].images]
     with torch.no_grad():
         before = collate(policy, mixed, [0.0] * 7)
-        logps = score(policy, before, 1.0)[0]
+        logps = action_logps(policy, before, 1.0)[0]
         for i in range(2):
             images = mixed[2].images[:i] + black[i:i + 1] + mixed[2].images[i + 1:]
             changed = [type(r)(**{**vars(r), "images": images}) if r is mixed[2] else r
                        for r in mixed]
             after = collate(policy, changed, [0.0] * 7)
-            moved = (score(policy, after, 1.0)[0] - logps).abs().amax(dim=1)
+            moved = (action_logps(policy, after, 1.0)[0] - logps).abs().amax(dim=1)
             assert (moved > 1e-5).tolist() == [False, False, True, False, False, False, False]
 
 
@@ -607,9 +607,9 @@ def test_a_group_that_is_cut_repeats_its_prompt(policy, tokens, cut):
 def test_images_stay_with_their_rows_in_micro_batches(policy, mixed):
     with torch.no_grad():
         whole = collate(policy, mixed, [float(i) for i in range(7)])
-        expected = score(policy, whole, 1.0)[0]
+        expected = action_logps(policy, whole, 1.0)[0]
         for batch in micro_batches(policy, mixed, [float(i) for i in range(7)], 300):
-            logps = score(policy, batch, 1.0)[0]
+            logps = action_logps(policy, batch, 1.0)[0]
             for row, which in zip(logps, batch.advantages.int().tolist()):
                 torch.testing.assert_close(row, expected[which, :len(row)], atol=1e-5, rtol=0)
 

@@ -1035,7 +1035,7 @@ def test_killed_trainer(kind, outside):
     frames="""
         frame = sys._getframe(1)
         while frame:
-            frame.f_globals.update(KINDS=(), HEADER=None, MAX_PIXELS=9, LOCKED=b'?')
+            frame.f_globals.update(KINDS=(), HEADER=None, MAX_PICTURE=9, LOCKED=b'?')
             frame = frame.f_back""",
     memory="""
         import gc

@@ -140,9 +140,9 @@ def test_every_row_of_metrics_has_the_same_keys():
         return {"turns": [{"action": "answer"}], "stop": "answer", "advantage": 1.0, "reward": 1.0,
                 "success": 1.0,
                 "reward_parts": parts} | rest
-    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "padding", "skipped", "seconds",
+    rest = dict.fromkeys(["step", "kl", "gap", "tokens_per_s", "skipped", "seconds",
                           "seconds_generate",
-                          "seconds_tools", "seconds_score", "seconds_update", "tasks_failed"], 0)
+                          "seconds_tools", "seconds_reference", "seconds_update", "tasks_failed"], 0)
     full, part, empty = steps = [rollout_metrics(rows, WEIGHTS) | rest for rows in (
         [row(dict.fromkeys(WEIGHTS, 1.0)), row({"search": 0.0})],
         [row({"format": 0.5}, success=None), row({"format": 1.0})],

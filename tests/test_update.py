@@ -267,12 +267,12 @@ def test_a_rank_keeps_no_more_than_its_shard_of_the_gradient(model_folder, rows,
     """After each micro-batch. Reduced only after the last, it would be whole on every rank."""
     policy = load_policy(str(model_folder), shard=True)
     batches, num_real = even_micro_batches(policy, [r for r, _ in rows], [a for _, a in rows], 1)
-    seen, score = [], train.score
+    seen, action_logps = [], train.action_logps
 
     def scored(*args):
         seen.append({p.grad is not None for p in policy.model.parameters()})
-        return score(*args)
-    monkeypatch.setattr(train, "score", scored)
+        return action_logps(*args)
+    monkeypatch.setattr(train, "action_logps", scored)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=LR)
     update(policy, optimizer, batches, num_real, [None] * len(batches),
            Config(**SETTINGS | {"beta": 0.0}))
