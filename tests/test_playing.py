@@ -247,7 +247,7 @@ def test_an_item_that_fails_is_recorded_and_the_others_of_its_batch_are_played(t
     whole = evaluate(tmp_path / "whole", some_tasks()[:6])
     rows = items(tmp_path / "run")
     assert [row["error"] is None for row in rows] == [True] * 3 + [False] + [True] * 2
-    assert rows[3]["error"].startswith("ValueError: task heldout-coding-060: its prompt has ")
+    assert rows[3]["error"].startswith("ValueError: its prompt has ")
     assert (rows[3]["turns"], rows[3]["pred_answer"], rows[3]["em"]) == ([], None, 0.0)
     assert (scores["failed"], scores["all"]["n"], scores["stops"]["failed"]) == (1, 6, 1)
     assert whole["failed"] == 0 and 0 <= whole["all"]["em"] - scores["all"]["em"] <= 100 / 6 + 0.01

@@ -1373,11 +1373,17 @@ def test_a_budget_that_cannot_be_kept_is_refused(monkeypatch, tmp_path, flags, r
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_lost_search_costs_no_reward():
+def test_a_lost_search_costs_no_reward(monkeypatch):
     """The tools part counts the calls that the policy could have made to work."""
-    def turn(error):
-        return Turn("", Action("search", "owl"), ToolResult(error is None, "", None, error, 0.0))
+    monkeypatch.setattr(tools, "RETRY_SECONDS", 0.2)
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        dead = SearchTool(f"http://127.0.0.1:{taken.getsockname()[1]}/retrieve")
+        with pytest.warns(UserWarning, match="unreachable"):
+            unreachable, empty = dead.search_many(["owl", " "])
+    found, none = SearchTool(f"sqlite:{ROOT}/data/offline/corpus.sqlite").search_many(["flag", "xyzzy"])
     task = {"family": "search", "answers": ["owl"], "type": []}
-    for errors, part in (([None, "timeout"], 1.0), ([None, "no_results"], 0.5), ([None, "http_500", "empty_query"], 0.5)):
-        rollout = Rollout(task, [], [], [], turns=[turn(error) for error in errors])
+    for results, part in (([found, unreachable], 1.0), ([found, none], 0.5), ([found, unreachable, empty], 0.5),
+                          ([found, tools.TOOLS_OFF], 0.5)):
+        rollout = Rollout(task, [], [], [], turns=[Turn("", Action("search", "owl"), result) for result in results])
         assert reward_parts(rollout, "episode")["tools"] == part

@@ -158,7 +158,7 @@ MUTANTS = [
     # ---- resuming, randomness
     Mutant("resume_repeats", "a resumed run starts its data again", "train.py",
            "prompts_of_step(tasks, step, config,", "prompts_of_step(tasks, step - first, config,", [RESUMED]),
-    Mutant("resume_loses_optimizer", "a resumed run starts with an empty optimizer", "train.py",
+    Mutant("resume_loses_optimizer", "a resumed run starts with an empty optimizer", "data/checkpoints.py",
            'optim_state_dict=state["optimizer"])\n',
            'optim_state_dict=state["optimizer"])\n    optimizer.state.clear()\n',
            [RESUMED]),
