@@ -33,7 +33,7 @@ from conftest import run_script
 import tools
 from model import encode_text
 from rollout import Limits, Rollout, Tools, Turn, replay, roll_out
-from tools import Action, SearchTool, ToolResult
+from tools import Action, SearchTool
 from train import Config, prepare, reward_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:the search")
@@ -1381,7 +1381,7 @@ def test_a_lost_search_costs_no_reward(monkeypatch):
         dead = SearchTool(f"http://127.0.0.1:{taken.getsockname()[1]}/retrieve")
         with pytest.warns(UserWarning, match="unreachable"):
             unreachable, empty = dead.search_many(["owl", " "])
-    found, none = SearchTool(f"sqlite:{ROOT}/data/offline/corpus.sqlite").search_many(["flag", "xyzzy"])
+    found, none = SearchTool(f"sqlite:{ROOT}/data/offline/corpus.sqlite").search_many(["coin of France", "xyzzy"])
     task = {"family": "search", "answers": ["owl"], "type": []}
     for results, part in (([found, unreachable], 1.0), ([found, none], 0.5), ([found, unreachable, empty], 0.5),
                           ([found, tools.TOOLS_OFF], 0.5)):
