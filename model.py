@@ -23,10 +23,14 @@ Left out on purpose: other model families, video, LoRA, quantisation, inference 
 Legend: P prompts, G samples a prompt, B rollouts, T tokens, S tokens in the cache, V vocabulary,
 H hidden size, N tokens of a packed row.
 """
+import ctypes
 import math
 import os
+import signal
+import sys
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -52,7 +56,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.processing_utils import ProcessorMixin
 
 from grpo import Segments, packed_attention, token_logps
-from tools import to_rgb
+from tools import PR_SET_PDEATHSIG, to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of a resized image; the paper trains with 401,408
 PATIENCE = timedelta(hours=4)  # of ranks with each other: one loads 16 GB or plays longer turns
@@ -87,6 +91,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     image_processor: Qwen2VLImageProcessorPil
     device: torch.device
+    export_dtype: torch.dtype = torch.float32  # that of the files it came from
     end_id: int = field(init=False)  # <|im_end|>: ends a turn; sampled and trained on
     image_id: int = field(init=False)  # <|image_pad|>: one for each image token
     suppressed: Tensor = field(init=False)  # int64 ids that are neither sampled nor scored
@@ -114,21 +119,29 @@ def pick_device() -> tuple[torch.device, str]:
     return torch.device("cpu"), "gloo"
 
 
+def cores_of_rank() -> int:
+    """CPU cores that this process may use, shared among torchrun's ranks on this machine."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def start_ranks() -> None:
     """Join torchrun's process group, or make one of this process alone. CPU ranks share cores."""
     device, backend = pick_device()
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
+        if sys.platform == "linux":
+            # If torchrun is killed, end too, or the run's folder stays taken.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         store, rank, size = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's store outlives a restart, with the addresses of dead ranks.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if device.type == "cpu":  # more threads than cores slow all ranks down
-        cores = os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(cores_of_rank())
 
 
 def is_lead() -> bool:
@@ -199,6 +212,11 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"--model {name}: model_type is {config.model_type!r}, "
                          "this code trains 'qwen2_5_vl'")
+    is_large = config.text_config.hidden_size >= 2048  # 3B and above
+    if is_large and device.type == "cpu" and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"no GPU was found: --model {name} runs on the CPU, which takes hours a step "
+                      f"(torch {torch.__version__}; look at nvidia-smi and its driver)",
+                      stacklevel=2)
     tokenizer = _read(AutoTokenizer.from_pretrained, name)
     if tokenizer.chat_template is None:  # older processors keep it in chat_template.json
         processor, _ = _read(ProcessorMixin.get_processor_dict, name)
@@ -217,7 +235,8 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
     if gradient_checkpointing:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(_set_up(model), tokenizer, image_processor, device)
+    policy = Policy(_set_up(model), tokenizer, image_processor, device,
+                    config.dtype or torch.float32)
     _check_prompts(policy, name)
     return policy
 
@@ -655,7 +674,8 @@ def _group_attention(module, query, key, value, attention_mask, scaling, segment
 def export(policy: Policy, folder: str | Path) -> None:
     """Write a Hugging Face folder that `from_pretrained` opens with nothing of ours.
 
-    Called by all ranks; rank 0 writes.
+    Weights get the dtype of the files that training began with (the hub's are bf16); checkpoints
+    keep them in fp32. Called by all ranks; rank 0 writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy.model, options=options)  # a collective; for rank 0 only
@@ -665,7 +685,9 @@ def export(policy: Policy, folder: str | Path) -> None:
         weights.pop("lm_head.weight")  # gathered by itself, it would be written a second time
     # save_pretrained of an FSDP module would write the name of FSDP's class into config.json.
     with torch.device("meta"):
-        shell = Qwen2_5_VLForConditionalGeneration._from_config(policy.model.config)
+        shell = Qwen2_5_VLForConditionalGeneration._from_config(
+            policy.model.config, dtype=policy.export_dtype)
+    weights = {name: value.to(policy.export_dtype) for name, value in weights.items()}
     shell.generation_config = policy.model.hub_generation_config
     shell.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)

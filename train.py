@@ -45,8 +45,8 @@ from data.flags import fail, flag, parse_flags
 from data.tasks import describe, load_tasks
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, action_logps, all_reduce, check_model, clock,
-                   copy_policy, export, gather, gathered, is_lead, load_policy, share_of_rank,
-                   start_ranks)
+                   copy_policy, cores_of_rank, export, gather, gathered, is_lead, load_policy,
+                   share_of_rank, start_ranks)
 from reward import (STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward,
                     weighted_sum)
 from rollout import (Limits, Rollout, collate, micro_batches, opening_error, roll_out,
@@ -55,7 +55,8 @@ from tools import CodeTool, SearchTool, Tools, action_tags, parse_action
 
 # Numbers given as flags are above 0 and finite, but for these bounds.
 LEAST = {"group_size": 2, "lr_decay": 0, "seed": 0, "beta": 0, "search_pages": 0,
-         "search_budget": 0, "eval_every": 0, "eval_limit": 0, "eval_temperature": 0}
+         "search_budget": 0, "code_workers": 0, "eval_every": 0, "eval_limit": 0,
+         "eval_temperature": 0}
 MOST = {"lr_decay": 1, "seed": 2**32 - 1}
 
 
@@ -117,7 +118,7 @@ class Config:
         False, "recompute activations in the backward pass to save memory")
     min_pixels: int = flag(MIN_PIXELS, "of an image after resizing")
     max_pixels: int = flag(MAX_PIXELS, "of an image after resizing; the paper: 401408")
-    code_workers: int = flag(1, "code calls that run side by side on a rank")
+    code_workers: int = flag(0, "code calls that run side by side on a rank; 0: its CPU cores")
     code_timeout: float = flag(5.0, "seconds a code call may take")
     code_unlocked: bool = flag(
         False, "run model-written code in plain child processes where the kernel cannot lock it in")
@@ -178,7 +179,8 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     updates in a row that were not finite.
     """
     start_of_run, skipped, stop = time.perf_counter(), 0, Stop(config, search)
-    with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code:
+    workers = config.code_workers or cores_of_rank()
+    with CodeTool(workers, config.code_timeout, config.code_unlocked) as code:
         tools = Tools(code, search)
         for step in range(first, config.steps):
             if step == 0 or config.eval_every and step % config.eval_every == 0:
@@ -676,6 +678,7 @@ def run() -> int | str:
         free = shutil.disk_usage(config.out).free / 1e9
         return (f"error: {error}; {config.out} ({free:.2f} GB free) keeps what is whole: "
                 "make room or mend it, --resume goes on")
+    dist.barrier()  # the first rank may still export
     dist.destroy_process_group()
     return 0
 

@@ -384,6 +384,15 @@ def test_a_missing_folder_is_refused_at_once(name):
     assert time.perf_counter() - start < 1
 
 
+def test_a_large_model_without_a_gpu_says_so_before_it_is_read(hub_folder, tmp_path):
+    """An old driver looks like no GPU at all: the run would take weeks without a word."""
+    config = json.loads((hub_folder / "config.json").read_text())
+    write(tmp_path / "config.json", config | {"hidden_size": 2048})
+    (tmp_path / "model.safetensors").touch()
+    with pytest.warns(UserWarning, match="no GPU was found"), pytest.raises(ValueError, match="tokenizer"):
+        load_policy(str(tmp_path), device=torch.device("cpu"))
+
+
 def test_complete_folders_and_names_of_the_hub_pass(model_folder, hub_folder):
     for name in (str(model_folder), str(hub_folder), "Qwen/Qwen2.5-VL-7B-Instruct"):
         check_model(name)
@@ -398,6 +407,8 @@ def test_an_export_opens_as_a_plain_model_with_the_same_logits(hub, plain, rows,
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # as the hub's
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_an_export_carries_the_generation_defaults_of_the_hub_and_loads_as_a_policy(

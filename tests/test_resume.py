@@ -304,6 +304,41 @@ def start_two(out: Path, store: dist.TCPStore, count: int) -> list[Process]:
 
 
 @pytest.mark.thorough
+def test_ranks_end_with_their_launcher_so_that_the_next_start_resumes(tmp_path):
+    out = tmp_path / "run"
+    launcher = start(out, launcher=("--nproc_per_node=2",), steps=400, save_every=1, eval_tasks="")
+    wait_for(launcher, out, lambda: checkpoints(out))
+    launcher.kill()  # torchrun alone
+    launcher.join()
+    step = checkpoints(out)[-1][0] + 1
+    log(out).write_bytes(b"")
+    status, output = end(start(out, "--resume", steps=step, eval_tasks=""), out)
+    assert status == 0 and "resumes from" in output, output
+
+
+@pytest.mark.thorough
+def test_ranks_wait_until_the_first_has_exported(tmp_path):
+    """A rank that leaves the group early may take it down for the one that is at work."""
+    out, script = tmp_path / "run", tmp_path / "slow.py"
+    script.write_text("""
+import sys
+import time
+sys.path[:0] = ["."]
+import train
+publish = train.publish
+train.publish = lambda *paths: (time.sleep(4), publish(*paths))
+sys.exit(train.run())
+""")
+    arguments = [str(x) for name, value in {**TINY, "output_dir": out, "steps": 1, "eval_tasks": ""}.items()
+                 for x in (f"--{name}", value)]
+    first, second = (start_script(str(script), *arguments, output=log(out), **environment)
+                     for environment in environments_of_ranks(2))
+    second.join(240)
+    assert second.exitcode == 0 and (out / "summary.json").exists(), log(out).read_text()
+    assert end(first, out)[0] == 0
+
+
+@pytest.mark.thorough
 def test_a_dead_rank_a_restart_a_signal_and_another_number_of_ranks(tmp_path):
     """Two ranks; one is killed, which ends the other. Both are started again, and resume, though
     the store still holds the addresses of the dead ones. A SIGTERM to one ends both; one rank goes
