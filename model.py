@@ -233,8 +233,9 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = _read_model(name, dtype).to(device)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False})
+        # Before transformers 5.23 it has an older name.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     policy = Policy(_set_up(model), tokenizer, image_processor, device,
                     config.dtype or torch.float32)
     _check_prompts(policy, name)
