@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
 
-from model import copy_policy, export, gathered, load_policy, sample, action_logps  # noqa: E402
+from model import _empty_shards, action_logps, copy_policy, export, gathered, load_policy, sample  # noqa: E402
 from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
 from tools import CodeTool  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
@@ -134,30 +134,50 @@ def step(folder, reference, rows, optimizer, micro_batch_tokens, loss="grpo"):
                     "images": images, "moved": {name: after[name] - before[name] for name in after}}
 
 
-def in_bfloat16(folder, frozen_head=False):
-    """Sharded and computing in bf16, as on GPUs, beside a whole copy in fp32.
+class Asked(Exception):
+    """What `fully_shard` was asked for."""
 
-    Log-probs of one batch, and by how much each gradient is off.
+
+def options_on_gpus(config):
+    """The options that model.py gives to fully_shard on a GPU; nothing is sharded or put there."""
+    def ask(unit, **options):
+        raise Asked(options)
+    try:
+        with patch("model.fully_shard", ask):
+            _empty_shards(config, torch.device("cuda"), {})
+    except Asked as asked:
+        return asked.args[0]
+
+
+def in_bfloat16(folder, frozen_head=False):
+    """Sharded and computing in bf16, as on GPUs, beside a whole copy in fp32 and one in bf16.
+
+    Log-probs and vision features of one batch, and by how much each gradient is off that in fp32.
     """
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
-                                cast_forward_inputs=False)
-    with patch("model.fully_shard", lambda unit, **_: fully_shard(unit, mp_policy=half)):
+    whole, half = load_policy(folder), load_policy(folder)
+    for p in half.model.parameters():  # not the buffers, which from_pretrained leaves in fp32 too
+        p.data = p.data.bfloat16()
+    options = options_on_gpus(whole.model.config)
+    with patch("model.fully_shard", lambda unit, **_: fully_shard(unit, **options)):
         sharded = load_policy(folder, shard=True)
-    whole = load_policy(folder)
-    shown = task(0, "Why?", Image.new("RGB", (84, 84), (90, 200, 30)))
+    torch.manual_seed(0)  # noise: among equal patches positions make no difference
+    noise = torch.randint(256, (84, 112, 3), dtype=torch.uint8)
+    shown = task(0, "Why?", Image.fromarray(noise.numpy()))
     recorded = replay(whole, lambda _: CHAIN[-1:])
     batch = collate(whole, roll_out(whole, [shown], Tools(), LIMITS, sampler=recorded)[0], [0.0])
-    logps, gradients = [], []
-    for policy in (sharded, whole):
+    logps, features, gradients = [], [], []
+    for policy in (sharded, whole, half):
+        policy.model.model.visual.register_forward_hook(
+            lambda module, args, output: features.append(output.pooler_output.detach()))
         policy.model.lm_head.weight.requires_grad_(not frozen_head)
         values, _ = action_logps(policy, batch, 1.0)
         values.sum().backward()
         logps.append(values.detach())
         named = policy.model.named_parameters()
         gradients.append({name: whole_tensor(p.grad) for name, p in named if p.grad is not None})
-    ours, expected = gradients
+    ours, expected, _ = gradients
     assert ours.keys() == expected.keys()
-    return {"logps": logps, "dtypes": {g.dtype for g in ours.values()},
+    return {"logps": logps, "features": features, "dtypes": {g.dtype for g in ours.values()},
             "off": {name: ((ours[name] - expected[name]).norm() / expected[name].norm()).item()
                     for name in expected if expected[name].any()}}
 
