@@ -9,11 +9,8 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import time
 from itertools import groupby
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
