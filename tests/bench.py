@@ -24,10 +24,11 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (AutoTokenizer, GenerationConfig, LogitsProcessor, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -58,28 +59,38 @@ REWARDS = torch.tensor([1.0, 0.0, 2.0, 0.5])  # of the samples of every prompt, 
 
 
 def seconds_now():
-    """Of the clock on the wall; with one thread those that this process was given, whatever else
-    runs.
+    """Of the clock on the wall, once the GPU has done all that it was given; with one thread and no
+    GPU those that this process was given, whatever else runs.
     """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 # --------------------------------------------------------------------------------- models and tasks
+def make_config(tokenizer, shape, vision):
+    """The config of a Qwen2.5-VL of this shape for this tokenizer, which may be smaller than its
+    vocabulary.
+    """
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("image_pad", "video_pad", "vision_start", "vision_end")}
+    text = {name: value for name, value in shape.items() if name != "mrope"}
+    return Qwen2_5_VLConfig(
+        **{f"{name.replace('_pad', '')}_token_id": i for name, i in ids.items()}, tie_word_embeddings=True,
+        text_config=dict(text, max_position_embeddings=8192, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]}),
+        vision_config=dict(vision, out_hidden_size=shape["hidden_size"]))
+
+
 def make_folder(folder, shape, vision):
     """A Qwen2.5-VL with random weights in the hub's layout, with the tokenizer of data/model.
 
     Returns the folder's name.
     """
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/model")
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
-           ("image_pad", "video_pad", "vision_start", "vision_end")}
-    text = {name: value for name, value in shape.items() if name != "mrope"}
-    config = Qwen2_5_VLConfig(
-        **{f"{name.replace('_pad', '')}_token_id": i for name, i in ids.items()}, tie_word_embeddings=True,
-        text_config=dict(text, max_position_embeddings=8192, rms_norm_eps=1e-6, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]}),
-        vision_config=dict(vision, out_hidden_size=shape["hidden_size"]))
+    config = make_config(tokenizer, shape, vision)
     torch.manual_seed(0)
     for part in (Qwen2_5_VLForConditionalGeneration(config), tokenizer, Qwen2VLImageProcessorPil()):
         part.save_pretrained(folder)
@@ -116,9 +127,10 @@ class Ends(LogitsProcessor):
         self.end_id, self.due, self.step = end_id, due, 0
 
     def __call__(self, input_ids, scores):
-        due = self.due(self.step, len(scores))  # (rows,)
+        due = self.due(self.step, len(scores)).to(scores.device)  # (rows,)
         self.step += 1
-        scores = scores.index_fill(1, torch.tensor([self.end_id]), float("-inf"))
+        scores = scores.clone()
+        scores[:, self.end_id] = float("-inf")
         only = torch.full_like(scores[0], float("-inf"))
         only[self.end_id] = 0.0
         return torch.where(due[:, None], only, scores)
@@ -226,12 +238,22 @@ def our_step(policy, reference, optimizer, tasks, scenario):
     return rollouts, clock
 
 
-def plain_step(policy, optimizer, tasks, scenario, rollouts):
-    """The plain way with the lengths of these rollouts.
+def plain_logps(model, inputs, targets, mask, suppressed):
+    """Log-probs of the masked targets, (tokens,), from logits of these tokens only."""
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    return token_logps(hidden[mask], model.lm_head.weight, targets[mask], temperature=1.0,
+                       suppressed=suppressed)[0]
 
-    policy: an unsharded one of its own. Returns its clock.
+
+def plain_step(policy, optimizer, tasks, scenario, rollouts, micro_batch=16):
+    """The plain way with the lengths of these rollouts, and as many rows in a micro-batch.
+
+    policy: one of its own, unsharded; with a lean scenario it may be sharded. Returns its clock.
     """
     clock, model = Clock(), policy.model
+    model.plain_logps = MethodType(plain_logps, model)
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "plain_logps")
     limits = Limits(max_tokens=8192, max_new_tokens=1)
     prompts = [
         r for task in tasks
@@ -240,26 +262,25 @@ def plain_step(policy, optimizer, tasks, scenario, rollouts):
     settings = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths),
                                 eos_token_id=policy.end_id,
                                 pad_token_id=policy.tokenizer.pad_token_id)
-    with torch.no_grad():
+    with torch.no_grad(), gathered(policy):
         output = model.generate(**model_inputs(policy, prompts, "left"), generation_config=settings,
                                 logits_processor=[Ends(policy.end_id, at(lengths))])
     clock.lap("generate")
     assert output.shape[0] == len(rollouts)
     model.train()
-    advantages = scenario.advantages(len(tasks))
-    for rows in torch.arange(len(rollouts)).split(16):
+    advantages = scenario.advantages(len(tasks)).to(policy.device)
+    for rows in torch.arange(len(rollouts)).split(micro_batch):
         part = [rollouts[i] for i in rows]
         inputs = model_inputs(policy, part, "right")
         length = inputs["input_ids"].shape[1]
         # (B, T - 1)
         mask = torch.tensor(
-            [r.action_mask + [0] * (length - len(r.ids)) for r in part]).float()[:, 1:]
+            [r.action_mask + [0] * (length - len(r.ids)) for r in part],
+            device=policy.device).float()[:, 1:]
         targets = inputs["input_ids"][:, 1:]
         weights = advantages[rows, None] * mask / mask.sum(dim=1, keepdim=True) / len(rollouts)
         if scenario.lean:
-            hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1][mask.bool()]
-            logps, _ = token_logps(hidden, model.lm_head.weight, targets[mask.bool()],
-                                   temperature=1.0, suppressed=policy.suppressed)
+            logps = model.plain_logps(inputs, targets, mask.bool(), policy.suppressed)
             weights = weights[mask.bool()]
         else:
             logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -481,13 +502,12 @@ def in_a_process(*arguments):
 
 
 # ------------------------------------------------------------------------ a slice of 3B, and growth
-def product_rate(shapes):
-    """Operations a second of plain products (m, k) x (k, n) in fp32, the best of three each, all
-    together.
+def product_rate(shapes, device="cpu", dtype=torch.float32):
+    """Operations a second of plain products (m, k) x (k, n), the best of three each, all together.
     """
     operations = seconds = 0.0
     for m, k, n in shapes:
-        a, b = torch.randn(m, k), torch.randn(k, n)
+        a, b = (torch.randn(*size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
         times = []
         for _ in range(3):
             start = seconds_now()
