@@ -15,6 +15,7 @@ stub of a tool takes no time.
 """
 import argparse
 import contextlib
+import copy
 import random
 import re
 import subprocess
@@ -22,13 +23,16 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import MethodType, SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from PIL import Image
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from transformers import (AutoTokenizer, GenerationConfig, LogitsProcessor, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -39,22 +43,28 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import model as model_module  # noqa: E402
 import rollout as rollout_module  # noqa: E402
-from cost import Shape, forward_operations, step_operations  # noqa: E402
+from cost import Shape, forward_operations, peak, step_bytes, step_operations  # noqa: E402
 from data.tasks import load_tasks  # noqa: E402
 from evaluate import evaluate_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
 # noqa: E402
-from model import EncodedImage, gathered, load_policy, model_inputs, action_logps, start_ranks
+from model import EncodedImage, action_logps, gathered, load_policy, model_inputs, start_ranks  # noqa: E402
+from model import Policy, pick_device  # noqa: E402
 from rollout import Limits, Rollout, Tools, collate, roll_out  # noqa: E402
 from tools import Action, ToolResult  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
 
+TOY = dict(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+           num_attention_heads=4, num_key_value_heads=2, mrope=[4, 6, 6])
+TOY_VISION = dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, window_size=112,
+                  fullatt_block_indexes=[2])
 VISION = dict(depth=4, hidden_size=256, intermediate_size=768, num_heads=4, window_size=112,
               fullatt_block_indexes=[3])
 MIDDLE = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8,
               num_attention_heads=8, num_key_value_heads=2, mrope=[8, 12, 12])
 SLICE_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=2,
                 num_attention_heads=16, num_key_value_heads=2, mrope=[16, 24, 24])
+SHAPE_3B = SLICE_3B | {"num_hidden_layers": 36}
 REWARDS = torch.tensor([1.0, 0.0, 2.0, 0.5])  # of the samples of every prompt, again and again
 
 
@@ -98,16 +108,57 @@ def make_folder(folder, shape, vision):
 
 
 def load(folder):
-    """Sharded, as train.py loads it.
+    """Sharded, as train.py loads it."""
+    return with_large_vocabulary(load_policy(folder, shard=True))
 
-    The rows beyond the small tokenizer stand for a large vocabulary: they are sampled too.
-    """
-    policy = load_policy(folder, shard=True)
+
+def with_large_vocabulary(policy):
+    """The rows beyond the small tokenizer stand for a large vocabulary: they are sampled too."""
     policy.suppressed = policy.suppressed[policy.suppressed < len(policy.tokenizer)]
     return policy
 
 
-def make_tasks(policy, num, image_size, words):
+def random_policy(shape, vision):
+    """Random weights without a folder, for large models: sharded as train.py does it, drawn on the
+    device where they stay; with gradient checkpointing. On a CPU too it computes in bf16.
+    """
+    tokenizer, (device, _) = AutoTokenizer.from_pretrained(ROOT / "data/model"), pick_device()
+    small = make_config(tokenizer, shape | {"num_hidden_layers": 1, "vocab_size": 1024},
+                        vision | {"depth": 1, "fullatt_block_indexes": [0]})
+    frequencies = dict(Qwen2_5_VLForConditionalGeneration(small).named_buffers())  # of all depths
+    in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    options = {"mp_policy": in_bf16} if device.type == "cpu" else {}
+    with patch("model.fully_shard", partial(fully_shard, **options)):
+        model = model_module._empty_shards(make_config(tokenizer, shape, vision), device,
+                                           frequencies)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        is_norm = name.endswith("weight") and parameter.ndim == 1
+        parameter.detach().to_local().normal_(1.0 if is_norm else 0.0, 0.02)
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in newer versions
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    policy = Policy(model_module._set_up(model), tokenizer, Qwen2VLImageProcessorPil(), device)
+    return with_large_vocabulary(policy)
+
+
+def plain_model(policy, dtype):
+    """The weights of a sharded policy in plain transformers, whole, with nothing of ours."""
+    config = copy.deepcopy(policy.model.config)
+    with torch.device("meta"):
+        plain = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype,
+                                                                attn_implementation="sdpa")
+    plain.to_empty(device=policy.device)
+    plain.tie_weights()
+    weights, buffers = policy.model.state_dict(), dict(policy.model.named_buffers())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(weights[name].full_tensor())
+        for name, buffer in plain.named_buffers():
+            buffer.copy_(buffers[name])
+    return plain
+
+
+def make_tasks(num, image_size, words):
     """num questions of so many words, each about an image of noise of its own."""
     rng = random.Random(0)
     pictures = [Image.frombytes("RGB", image_size, rng.randbytes(3 * image_size[0] * image_size[1]))
@@ -238,11 +289,29 @@ def our_step(policy, reference, optimizer, tasks, scenario):
     return rollouts, clock
 
 
+def distance(ours, expected):
+    """‖ours - expected‖ / ‖expected‖ of tensors, each side taken as one vector."""
+    ours, expected = list(ours), list(expected)
+    off = sum((a - b).double().square().sum().item() for a, b in zip(ours, expected, strict=True))
+    return (off / sum(b.double().square().sum().item() for b in expected)) ** 0.5
+
+
 def plain_logps(model, inputs, targets, mask, suppressed):
     """Log-probs of the masked targets, (tokens,), from logits of these tokens only."""
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     return token_logps(hidden[mask], model.lm_head.weight, targets[mask], temperature=1.0,
                        suppressed=suppressed)[0]
+
+
+def logps_alone(model, policy, rollout):
+    """Log-probs of a rollout's action tokens, (tokens,), computed alone, without padding, from all
+    logits of a plain model.
+    """
+    inputs = model_inputs(policy, [rollout], "right")
+    mask = torch.tensor(rollout.action_mask[1:], device=policy.device).bool()
+    logits = model(**inputs, use_cache=False).logits[0, :-1][mask].float()  # (tokens, V)
+    logits = logits.index_fill(1, policy.suppressed, float("-inf"))
+    return logits.log_softmax(dim=1).gather(1, inputs["input_ids"][0, 1:][mask, None]).squeeze(1)
 
 
 def plain_step(policy, optimizer, tasks, scenario, rollouts, micro_batch=16):
@@ -297,6 +366,18 @@ def adamw(policy):
     return torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0)
 
 
+def state_of(policy, optimizer):
+    """Copies of all weights and moments of this rank."""
+    moments = [kept[name] for kept in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return [t.detach().to_local().clone() for t in (*policy.model.parameters(), *moments)]
+
+
+def computed_peak(config, shape):
+    """Bytes on one GPU, by data/cost.py, of a step whose rollouts are one packed row."""
+    packed = shape.num_prompts * (shape.prompt_tokens + shape.group_size * shape.sample_tokens)
+    return peak(step_bytes(config, shape, gpus=1, micro_batch_tokens=packed, batch_tokens=1 << 20))
+
+
 def shape_of(rollouts, num_prompts):
     """The mean shape of these rollouts, for the arithmetic."""
     prompt = sum(r.action_mask.index(1) for r in rollouts) / len(rollouts)
@@ -314,7 +395,7 @@ def compare(name, folder, scenarios, repeats, *, num_prompts=8, image_size=(112,
     plain.model.generation_config = GenerationConfig()  # without the folder's own defaults
     ours_optimizer, plain_optimizer = adamw(policy), adamw(plain)
     reference = load(folder) if any(s.beta for s in scenarios) else None
-    tasks = make_tasks(policy, num_prompts, image_size, words)
+    tasks = make_tasks(num_prompts, image_size, words)
     for scenario in scenarios:
         ours, plains = [], []
         for repeat in range(repeats + 1):  # the first is a warm-up where there are several
@@ -421,7 +502,7 @@ def bench_parts(args):
             for scenario, without, tasks in [(one, prompts_apart, small),
                                              (two, prompts_apart, small),
                                              (mat, prompts_apart, large)]:
-                clocks, tasks = ([], []), make_tasks(policy, *tasks)
+                clocks, tasks = ([], []), make_tasks(*tasks)
                 # the first is a warm-up
                 for repeat in range(1 + (5 if model == "laptop" else args.repeats)):
                     for kept, block in zip(clocks, (contextlib.nullcontext, without)):
@@ -526,7 +607,7 @@ def bench_slice(args):
         shape = SLICE_3B | ({"vocab_size": 8192} if args.quick else {})
         policy = load_policy(make_folder(folder, shape, VISION
                                          | {"depth": 1, "fullatt_block_indexes": [0]}))
-    policy.suppressed = policy.suppressed[policy.suppressed < len(policy.tokenizer)]
+    policy = with_large_vocabulary(policy)
     ids = torch.randint(0, 700, (tokens,)).tolist()
     row = Rollout({}, ids, [0] * (tokens - actions) + [1] * actions, [0.0] * tokens)
     batch = collate(policy, [row], [0.0])
@@ -558,7 +639,7 @@ def bench_linear(args):
                         "tokens": [(4, 4, t) for t in (32, 64, 128)]}.items():
         cells = []
         for prompts, samples, tokens in sizes:
-            tasks = make_tasks(policy, prompts, (56, 56), 20)
+            tasks = make_tasks(prompts, (56, 56), 20)
             scenario = Scenario("", tokens, None, group_size=samples)
             times = [our_step(policy, None, optimizer, tasks, scenario)[1].total
                      for _ in range(2 if args.quick else 4)]
@@ -575,7 +656,7 @@ def rollout_once(prompts):
     64 rows at a time.
     """
     policy = load_policy(str(ROOT / "data/model"))
-    tasks = make_tasks(policy, prompts, (112, 112), 20)
+    tasks = make_tasks(prompts, (112, 112), 20)
     scenario = Scenario("", 64, None)
     limits = Limits(1, 64, 2048, batch_tokens=64 * 2048)
     before = memory("VmRSS")
