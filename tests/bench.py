@@ -133,8 +133,11 @@ def random_policy(shape, vision):
                                            frequencies)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        is_norm = name.endswith("weight") and parameter.ndim == 1
-        parameter.detach().to_local().normal_(1.0 if is_norm else 0.0, 0.02)
+        values = parameter.detach().to_local()
+        if parameter.ndim == 1:
+            values.normal_(float(name.endswith("weight")), 0.02)  # norms near 1, biases near 0
+        else:  # keeps the scale of what goes through it, whatever the width; tokens attend unevenly
+            values.normal_(0.0, values[0].numel() ** -0.5)
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name in newer versions
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     policy = Policy(model_module._set_up(model), tokenizer, Qwen2VLImageProcessorPil(), device)
