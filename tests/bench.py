@@ -1,7 +1,7 @@
 """What a whole GRPO step costs beside the plain way, in one run: python tests/bench.py
 
     python tests/bench.py --quick                    # the laptop model only; a few minutes on 2 cores
-    python tests/bench.py --only steps slice         # some of: evaluate, steps, mat, parts, scoring, slice, linear
+    python tests/bench.py --only steps slice         # some of: evaluate, steps, mat, parts, scoring, slice, linear, launch
     python tests/bench.py --cpu                      # one thread, CPU seconds: on a machine that others use
 
 The plain way: one `generate` of Hugging Face for the same rows and as many new tokens, every row with its own prompt and image,
@@ -33,8 +33,9 @@ import torch
 from PIL import Image
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
-from transformers import (AutoTokenizer, GenerationConfig, LogitsProcessor, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor,
+                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
 
@@ -699,8 +700,46 @@ def bench_evaluate(args):
           f"{median(bare[1:]):.0f}: {share:.2f} of it (at least 0.85: {'met' if share >= 0.85 else 'missed'})", flush=True)
 
 
+class CountOperations(TorchDispatchMode):
+    """Counts operations that compute, each at least one kernel of a GPU; views are none."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.num += not (func.is_view or "unsafe_view" in str(func) or "empty" in str(func))
+        return out
+
+
+@torch.no_grad()
+def next_token(model, num_tokens):
+    """Median milliseconds, and the operations, of a forward pass of the next token of one row."""
+    cache, places = DynamicCache(config=model.config), torch.arange(num_tokens).expand(3, 1, -1)
+    times = []
+    for i in range(num_tokens):
+        start = time.perf_counter()
+        with CountOperations() if i == num_tokens - 1 else contextlib.nullcontext() as counted:
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long), position_ids=places[:, :, i:i + 1],
+                  past_key_values=cache, attention_mask=torch.ones(1, i + 1, dtype=torch.long))
+        times.append(1000 * (time.perf_counter() - start))
+    return median(times), counted.num
+
+
+def bench_launch(args):
+    """What it takes to issue the operations of a token, where the products cost nothing."""
+    policy, one_less = (random_policy(TOY | {"num_hidden_layers": n}, TOY_VISION) for n in (36, 35))
+    plain, shorter = (plain_model(p, torch.bfloat16) for p in (policy, one_less))
+    with gathered(policy):
+        rows = [(next_token(plain, 50), next_token(policy.model, 50)) for _ in range(7)]
+    times = [median(row[way][0] for row in rows) for way in (0, 1)]
+    num = rows[0][0][1]
+    print(f"\nThe next token through 36 narrow layers: {times[0]:.1f} ms plain, {times[1]:.1f} ms with FSDP's hooks; "
+          f"{num} operations, {num - next_token(shorter, 2)[1]} a layer", flush=True)
+
+
 PARTS = {"evaluate": bench_evaluate, "steps": bench_steps, "mat": bench_mat, "parts": bench_parts,
-         "scoring": bench_scoring, "slice": bench_slice, "linear": bench_linear}
+         "scoring": bench_scoring, "slice": bench_slice, "linear": bench_linear,
+         "launch": bench_launch}
 
 
 def main():
