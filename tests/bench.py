@@ -286,7 +286,7 @@ def our_step(policy, reference, optimizer, tasks, scenario):
     advantages = scenario.advantages(len(tasks)).tolist()
     batches, num_real = even_micro_batches(policy, rollouts, advantages, config.micro_batch_tokens)
     ref_logps = reference_logps(reference if scenario.beta else None, batches, config.temperature)
-    clock.lap("score")
+    clock.lap("reference")
     update(policy, optimizer, batches, num_real, ref_logps, config)
     clock.lap("update")
     assert len(rollouts) == num and all(len(r.turns) == len(scenario.kinds) for r in rollouts)
@@ -429,14 +429,14 @@ def table_row(name, scenario, ours, plains):
     ratio = median(a.total / b.total for a, b in zip(ours, plains))
     goal = "" if scenario.target is None else f"{'met' if ratio <= scenario.target else 'missed'}: {scenario.target}"
     stages = " + ".join(
-        f"{median(c.stages[s] for c in ours):.2f}" for s in ("generate", "score", "update"))
+        f"{median(c.stages[s] for c in ours):.2f}" for s in ("generate", "reference", "update"))
     others = " + ".join(f"{median(c.stages[s] for c in plains):.2f}" for s in ours[0].stages
                         if s in plains[0].stages)
     return (f"| {name} | {scenario.name} | {median_total(plains):.2f} = {others} | {median_total(ours):.2f} = {stages} "
             f"| {ratio:.2f} | {goal} |")
 
 
-HEADER = ("| model | scenario | the plain way, s = generate + update | ours, s = generate + score + update | ratio | target "
+HEADER = ("| model | scenario | the plain way, s = generate + update | ours, s = generate + reference + update | ratio | target "
           "| 10⁹ operations due | 10⁹ a second |\n|---|---|---|---|---|---|---|---|")
 
 

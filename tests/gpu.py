@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import inf, isfinite, nan
+from pathlib import Path
 
 import torch
 import transformers
@@ -20,6 +21,7 @@ from bench import (ROOT, SHAPE_3B, TOY, TOY_VISION, Scenario, computed_peak, dis
                    our_step, plain_model, plain_step, product_rate, prompts_apart, random_policy, shape_of, state_of)
 from bench_tools import CROP
 from cost import VISION, Shape, published, step_operations
+from data.checkpoints import load_checkpoint, save_checkpoint
 from model import export, gathered, load_policy, start_ranks
 from rollout import collate
 from tools import CodeTool, SearchTool
@@ -95,22 +97,21 @@ def gradients(run):
 
 def checkpoint(run):
     """Saved and loaded, all numbers are back, and a step after it is the same. An export is the model."""
-    from train import Config, load_checkpoint, save_checkpoint
     policy, optimizer = run.model(2, depth=2, fullatt_block_indexes=[1])
 
     def state_after_a_step():
         run.step(policy, optimizer)
         return state_of(policy, optimizer)
     with tempfile.TemporaryDirectory() as folder:
-        config, first = Config(output_dir=folder), state_after_a_step()
-        save_checkpoint(policy, optimizer, 1, config)
+        out, first = Path(folder), state_after_a_step()
+        save_checkpoint(out, 1, policy, optimizer, {}, keep=1)
         second = state_after_a_step()
-        load_checkpoint(config.out / "checkpoint-1", policy, optimizer)
+        load_checkpoint(out / "checkpoint-1", policy, optimizer)
         run.row("loaded from a checkpoint: relative error", distance(state_of(policy, optimizer), first), most=0)
         error = distance(state_after_a_step(), second) / distance(first, second)
         run.row("the next step replayed: its error over what it moved", error, most=0.05 if run.on_gpu else 0)
-        export(policy, config.out / "model")
-        exported = load_policy(str(config.out / "model")).model
+        export(policy, out / "model")
+        exported = load_policy(str(out / "model")).model
         error = distance(exported.parameters(), plain_model(policy, exported.dtype).parameters())
         run.row(f"exported, and read again as {exported.dtype}: relative error", error, most=0)
 
