@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, set_model_state_dict)
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.nn.functional import pad
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache,
     GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Qwen2_5_VLConfig,
@@ -60,6 +61,7 @@ from tools import PR_SET_PDEATHSIG, to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of a resized image; the paper trains with 401,408
 PATIENCE = timedelta(hours=4)  # of ranks with each other: one loads 16 GB or plays longer turns
+PIECE = 16_384  # tokens fed in one pass, of all rows: 100,000 would take 15 GB at 7B
 TEXT = "\x00"  # stands for the user's text while the chat template is rendered; in no template
 
 
@@ -493,19 +495,18 @@ def sample(policy: Policy, sequences: list[TokenSequence], max_new_tokens: int, 
                                temperature, interrupted)
         steps = ids.shape[1]
         for turn, row_ids, row_logps in zip(rows, ids.tolist(), logps.tolist(), strict=True):
-            ended = policy.end_id in row_ids
-            length = row_ids.index(policy.end_id) + 1 if ended else steps
+            length = row_ids.index(policy.end_id) + 1 if policy.end_id in row_ids else steps
             turn[0].extend(row_ids[:length])
             turn[1].extend(row_logps[:length])
         steps_left -= steps
         going = [i for i, (turn_ids, _) in enumerate(rows) if turn_ids[-1] != policy.end_id]
-        if not going or steps_left == 0 or interrupted():
+        if not going or not steps_left or interrupted():
             break
         kept = torch.tensor(going, device=policy.device)
         cache.batch_select_indices(kept)
         rows = [rows[i] for i in going]
         # The last token drawn is not in the cache yet: it is the next input.
-        mask = torch.nn.functional.pad(mask[kept], (0, steps - 1), value=1)
+        mask = pad(mask[kept], (0, steps - 1), value=1)
         inputs = {"input_ids": ids[kept, -1:], "attention_mask": mask.new_ones(len(rows), 1),
                   "position_ids": inputs["position_ids"][:, kept, -1:] + steps}  # (3, B, 1)
     return turns
@@ -520,10 +521,13 @@ def _generate(policy: Policy, cache: DynamicCache, inputs: dict[str, Tensor], ma
     draw_one = Draw(temperature, policy.suppressed)
     config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens,
                               eos_token_id=policy.end_id,
+                              prefill_chunk_size=PIECE // len(inputs["input_ids"]),
                               pad_token_id=policy.tokenizer.pad_token_id)
     # synced_gpus would make ranks wait for the longest: parameters are gathered, so none has to.
+    # Positions of a piece are cut out of (3, B, S + T), those of the cached tokens are not read.
     output = policy.model.generate(
-        **inputs, past_key_values=cache, generation_config=config, synced_gpus=False,
+        **inputs | {"position_ids": pad(inputs["position_ids"], (cache.get_seq_length(), 0))},
+        past_key_values=cache, generation_config=config, synced_gpus=False,
         logits_processor=[draw_one], stopping_criteria=[HalfEnded(policy.end_id, interrupted)])
     return output[:, inputs["input_ids"].shape[1]:], torch.stack(draw_one.logps, dim=1)
 
