@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from transformers import Qwen2_5_VLConfig
 
 FP32, BF16 = 4, 2
+PIECE = 16_384  # tokens that are fed at once while sampling, of all rows: model.PIECE
+PATCHES = 401_408 // 14**2  # of an image of --max_pixels 401408
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
               in_channels=3, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
               fullatt_block_indexes=[7, 15, 23, 31])
@@ -58,23 +60,30 @@ def layer_weights(text) -> int:
     return attention + 3 * text.hidden_size * text.intermediate_size
 
 
+def decoder_layer_weights(text) -> int:
+    """Parameters of one decoder layer: its matrices, the biases of q, k and v, two norms."""
+    key_value = text.num_key_value_heads * _head_size(text)
+    return layer_weights(text) + text.hidden_size + 2 * key_value + 2 * text.hidden_size
+
+
 def text_weights(text) -> int:
     """Parameters of the language model: its layers, its embedding, and its head where that is not
     the embedding."""
-    key_value = text.num_key_value_heads * _head_size(text)
-    biases, norms = text.hidden_size + 2 * key_value, 2 * text.hidden_size  # of q, k, v; two norms
-    layer = layer_weights(text) + biases + norms
     tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
-    return text.num_hidden_layers * layer + tables + text.hidden_size
+    return text.num_hidden_layers * decoder_layer_weights(text) + tables + text.hidden_size
 
 
 def vision_weights(vision) -> int:
     """Parameters of the vision tower and its merger."""
     width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    attention, mlp = 4 * width**2 + 4 * width, 3 * width * vision.intermediate_size
-    block = attention + mlp + 2 * vision.intermediate_size + width + 2 * width  # biases; two norms
     merger = width + merged * (merged + 1) + (merged + 1) * vision.out_hidden_size
-    return vision.depth * block + _patch_size(vision) * width + merger
+    return vision.depth * _block_weights(vision) + _patch_size(vision) * width + merger
+
+
+def _block_weights(vision):
+    width = vision.hidden_size
+    attention, mlp = 4 * width**2 + 4 * width, 3 * width * vision.intermediate_size
+    return attention + mlp + 2 * vision.intermediate_size + width + 2 * width  # biases; two norms
 
 
 def _patch_size(vision):
@@ -144,22 +153,34 @@ def cache_bytes(config: Qwen2_5_VLConfig, rows: float, tokens: float, dtype: int
     return numbers * rows * tokens * dtype
 
 
-def activation_bytes(config: Qwen2_5_VLConfig, tokens: float, *, checkpointing: bool = False,
-                     dtype: int = BF16) -> float:
-    """What the decoder layers keep of `tokens` tokens for the backward pass, with PyTorch's fused
+def prefill_bytes(config: Qwen2_5_VLConfig, rows: float, new: float, context: float,
+                  patches: float = 0, dtype: int = BF16) -> float:
+    """What a layer holds at once while `new` tokens of each row join the cache, up to `context`.
+
+    Beyond the cache. The most of three: the MLP with gate, up and their product; the attention with
+    keys and values repeated for every head, and its mask as bool, as numbers, and those padded to
+    full lines for the kernel (PyTorch's memory-efficient one: new x context scores are never
+    built); the vision tower, before, with all patches of new images, its rotations in fp32.
+    """
+    text, tokens = config.text_config, rows * new
+    hidden, mask = tokens * text.hidden_size * dtype, tokens * context
+    mlp = 3 * tokens * text.intermediate_size * dtype + 4 * hidden + mask
+    repeated = 2 * rows * context * text.hidden_size * dtype
+    tower = patches * config.vision_config.hidden_size * (5 * dtype + 6 * FP32)
+    return max(mlp, repeated + 5 * hidden + mask * (1 + 2 * dtype), tower)
+
+
+def activation_bytes(config: Qwen2_5_VLConfig, tokens: float, dtype: int = BF16) -> float:
+    """What one decoder layer keeps of `tokens` tokens for the backward pass, with PyTorch's fused
     attention.
 
     A norm keeps its input in fp32, the normalised input and its output. Attention keeps q, k, v and
-    its output. The MLP keeps gate, silu(gate), up and their product. With checkpointing: the input
-    of every layer, and all of one layer.
+    its output. The MLP keeps gate, silu(gate), up and their product.
     """
     text = config.text_config
     width, key_value = text.hidden_size, text.num_key_value_heads * _head_size(text)
     norms = 2 * width * (FP32 + 2 * dtype)
-    layer = norms + dtype * (2 * width + 2 * key_value + 4 * text.intermediate_size)
-    if checkpointing:
-        return tokens * (text.num_hidden_layers * width * dtype + layer)
-    return tokens * text.num_hidden_layers * layer
+    return tokens * (norms + dtype * (2 * width + 2 * key_value + 4 * text.intermediate_size))
 
 
 def packed_bytes(config: Qwen2_5_VLConfig, shape: Shape, tokens: float, dtype: int = BF16) -> float:
@@ -175,58 +196,114 @@ def packed_bytes(config: Qwen2_5_VLConfig, shape: Shape, tokens: float, dtype: i
     return dtype * width * (2 * (tokens + beside) + tokens)
 
 
-def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch_tokens: int,
-               batch_tokens: int, beta: float = 0.0, checkpointing: bool = True,
-               chunk: int = 256) -> dict[str, float]:
-    """Bytes of one GPU, by what holds them.
+def vision_bytes(config: Qwen2_5_VLConfig, patches: float, dtype: int = BF16) -> float:
+    """What one block of the vision tower keeps for the backward pass.
 
-    `copy` and `cache` live during rollouts only; `layer`, `activations` and `logits` live in the
-    update only; the rest stays. batch_tokens bounds the tokens whose keys and values are kept, with
-    the prompt counted for each of its samples.
+    As a decoder layer, but q, k and v come from one matrix, and windows' outputs are joined.
     """
-    text, weights = config.text_config, num_weights(config)
-    tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
-    kept = shape.num_prompts / gpus * shape.group_size * (shape.prompt_tokens + shape.sample_tokens)
-    activations = activation_bytes(config, micro_batch_tokens, checkpointing=checkpointing)
-    layers = 1 if checkpointing else text.num_hidden_layers  # that are whole in memory
+    width, mlp = config.vision_config.hidden_size, config.vision_config.intermediate_size
+    return patches * (2 * width * (FP32 + 2 * dtype) + dtype * (7 * width + 4 * mlp))
+
+
+def update_bytes(config: Qwen2_5_VLConfig, shape: Shape, tokens: float, *, gpus: int,
+                 checkpointing: bool = True, chunk: int = 256,
+                 dtype: int = BF16) -> dict[str, float]:
+    """What a micro-batch of `tokens` tokens holds at its three high points, beyond all shards.
+
+    "head": activations, logits of a chunk and the gradient of the head, a sum in fp32 of products
+    in bf16. "layer": the backward pass of the last layer. "root": all of FSDP2's root unit, which
+    is reduced last: embedding, head and merger. With checkpointing, layers and vision blocks keep
+    their inputs only.
+    """
+    text, vision = config.text_config, config.vision_config
+    unit = decoder_layer_weights(text)
+    root = num_weights(config) - text.num_hidden_layers * unit
+    root -= vision.depth * _block_weights(vision)
+    head = text.vocab_size * text.hidden_size
+    groups = tokens / (shape.prompt_tokens + shape.group_size * shape.sample_tokens)
+    patches = groups * (shape.prompt_patches + shape.group_size * shape.sample_patches)
+    layer = activation_bytes(config, tokens, dtype) + packed_bytes(config, shape, tokens, dtype)
+    hidden = tokens * text.hidden_size
+    kept = hidden * (FP32 + 3 * dtype)  # embedded, and around the last norm
+    kept += text.num_hidden_layers * (hidden * dtype if checkpointing else layer)
+    kept += vision.depth * (patches * vision.hidden_size * dtype if checkpointing
+                            else vision_bytes(config, patches, dtype))
+    logits = 3 * chunk * text.vocab_size * FP32
+    reduced = FP32 * (1 + 1 / gpus)  # gradients of a unit when they are reduced, and this GPU's
+    # Weights of the layer and of the next, which are prefetched; gradients of the one before. The
+    # layer's own gradients come as its activations go.
+    gathered = unit * (2 * dtype + reduced) + head * dtype
+    backward = 2 * tokens * text.intermediate_size * dtype  # of the MLP, beyond what was kept
+    return {"head": root * dtype + kept + logits + head * (FP32 + dtype),
+            "layer": root * dtype + kept + gathered + backward + checkpointing * layer,
+            "root": root * (2 * dtype + reduced)}
+
+
+def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch_tokens: int,
+               batch_tokens: int, max_tokens: int = 8192, max_images: int = 6,
+               beta: float = 0.0, checkpointing: bool = True,
+               dtype: int = BF16) -> dict[str, float]:
+    """Bytes of one GPU, by what holds them; ROLLOUT and UPDATE say when. The flags are train.py's.
+
+    Rollouts are taken to be as long as they may be, and to hold as many images, as large as may be;
+    such a rollout may be a micro-batch by itself. dtype: of what is computed.
+    """
+    weights = num_weights(config)
+    rows = min(shape.num_prompts / gpus * shape.group_size, batch_tokens // max_tokens)
+    piece = min(PIECE / rows, max_tokens)
+    patches = rows * (max_images - 1) * PATCHES  # of all images that tools made
     shard = FP32 * weights / gpus
-    return {"weights": shard, "gradients": shard, "moments": 2 * shard,
-            "reference": shard if beta else 0.0, "copy": BF16 * weights,
-            "cache": cache_bytes(config, 1, min(kept, batch_tokens)),
-            # two layers (one is prefetched) and the tables, with their gradients
-            "layer": 2 * BF16 * (2 * layer_weights(text) + tables),
-            "activations": activations + layers * packed_bytes(config, shape, micro_batch_tokens),
-            # Of a chunk, with the gradient of the head: a sum in fp32 of products in bf16.
-            "logits": (chunk + text.hidden_size) * text.vocab_size * (FP32 + BF16)}
+    return {"weights": shard, "moments": 2 * shard, "reference": shard if beta else 0.0,
+            "copy": dtype * weights, "cache": cache_bytes(config, rows, max_tokens, dtype),
+            "prefill": prefill_bytes(config, rows, piece, max_tokens, patches, dtype),
+            "gradients": shard,
+            **update_bytes(config, shape, max(micro_batch_tokens, max_tokens), gpus=gpus,
+                           checkpointing=checkpointing, dtype=dtype)}
 
 
-ROLLOUT, UPDATE = ("copy", "cache"), ("layer", "activations", "logits")
+STAYS = ("weights", "moments", "reference")
+ROLLOUT = ("copy", "cache", "prefill")
+UPDATE = ("head", "layer", "root")  # one after the other, each beside the gradients
 
 
 def peak(parts: dict[str, float]) -> float:
     """The larger of the two phases, with what always stays."""
-    stays = sum(value for name, value in parts.items() if name not in ROLLOUT + UPDATE)
-    return stays + max(sum(parts[name] for name in ROLLOUT), sum(parts[name] for name in UPDATE))
+    rollout = sum(parts[name] for name in ROLLOUT)
+    update = parts["gradients"] + max(parts[name] for name in UPDATE)
+    return sum(parts[name] for name in STAYS) + max(rollout, update)
 
 
-def table(shape: Shape, **options) -> str:
-    """Two Markdown tables: bytes of a GPU and operations of a step."""
+# ------------------------------------------------------------------------------------------ tables
+ROWS = [("3B", 1, {}), ("3B", 1, {"beta": 0.0}),
+        ("3B", 1, {"beta": 0.0, "max_tokens": 4096, "micro_batch_tokens": 4096,
+                   "batch_tokens": 65_536}),
+        ("3B", 4, {}), ("3B", 8, {}), ("7B", 1, {}), ("7B", 4, {}), ("7B", 8, {})]
+ROOM = 0.85 * 80e9  # of a GPU of 80 GB, the rest for kernels' workspaces and fragmentation
+
+
+def memory_table(shape: Shape, **options) -> str:
+    """Markdown: the bytes of a GPU. options: those of `step_bytes`."""
+    lines = []
+    for name, gpus, changed in ROWS:
+        parts = step_bytes(published(name), shape, gpus=gpus, **options | changed)
+        if not lines:
+            lines += ["| computed, GB a GPU | " + " | ".join(parts) + " | peak | fits 80 GB |",
+                      "|---" * (len(parts) + 3) + "|"]
+        flags = "".join(f", `--{flag} {value:g}`" for flag, value in changed.items())
+        numbers = " | ".join(f"{value / 1e9:.1f}" for value in [*parts.values(), peak(parts)])
+        fits = "yes" if peak(parts) <= ROOM else "no"
+        lines.append(f"| {name} on {gpus}{flags} | {numbers} | {fits} |")
+    return "\n".join(lines)
+
+
+def operations_table(shape: Shape, *, beta: float, checkpointing: bool) -> str:
+    """Markdown: the operations of a step."""
     lines = []
     for name in PUBLISHED:
-        for gpus in (1, 8):
-            parts = step_bytes(published(name), shape, gpus=gpus, **options)
-            if not lines:
-                lines += ["| computed, GB a GPU | " + " | ".join(parts) + " | peak | fits 80 GB |",
-                          "|---" * (len(parts) + 3) + "|"]
-            gigabytes = " | ".join(f"{value / 1e9:.1f}" for value in parts.values())
-            fits = "yes" if peak(parts) < 80e9 else "no"
-            lines.append(f"| {name} on {gpus} | {gigabytes} | {peak(parts) / 1e9:.0f} | {fits} |")
-    lines.append("")
-    for name in PUBLISHED:
         for shared in (True, False):
-            spent = step_operations(published(name), shape, beta=options["beta"], shared=shared,
-                                    checkpointing=options["checkpointing"])
-            if len(lines) == 7:
+            spent = step_operations(published(name), shape, beta=beta, shared=shared,
+                                    checkpointing=checkpointing)
+            if not lines:
                 lines += ["| computed, 10¹² operations a step | " + " | ".join(spent) + " | all |",
                           "|---" * (len(spent) + 2) + "|"]
             lines.append(f"| {name}, prompts encoded once a {'group' if shared else 'sample'} | "
@@ -237,15 +314,19 @@ def table(shape: Shape, **options) -> str:
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts_per_step", type=int, default=16)
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
     parser.add_argument("--batch_tokens", type=int, default=131_072)
+    parser.add_argument("--max_tokens", type=int, default=8192)
+    parser.add_argument("--max_images", type=int, default=6)
     parser.add_argument("--no_checkpointing", action="store_true")
     args = parser.parse_args()
-    print(table(Shape(num_prompts=args.prompts), micro_batch_tokens=args.micro_batch_tokens,
-                batch_tokens=args.batch_tokens, beta=args.beta,
-                checkpointing=not args.no_checkpointing))
+    shape, checkpointing = Shape(num_prompts=args.prompts_per_step), not args.no_checkpointing
+    print(memory_table(shape, micro_batch_tokens=args.micro_batch_tokens, beta=args.beta,
+                       batch_tokens=args.batch_tokens, max_tokens=args.max_tokens,
+                       max_images=args.max_images, checkpointing=checkpointing), end="\n\n")
+    print(operations_table(shape, beta=args.beta, checkpointing=checkpointing))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python -m torch.distributed.run --standalone --nproc_per_node=2 tests/ranks_worker.py MODEL REFERENCE OUT
 
 Every part leaves OUT/<part>-<ranks>-<rank>.pt. The parts stand in the order of what they need to work.
+With --memory=checkpointing or --memory=whole in place of REFERENCE only what test_cost.py compares: the bytes that are held.
 """
 import sys
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -16,9 +18,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from model import _empty_shards, action_logps, copy_policy, export, gathered, load_policy, sample  # noqa: E402
-from rollout import Limits, Tools, collate, replay, roll_out  # noqa: E402
+from model import (_empty_shards, action_logps, copy_policy, encode_image, encode_prompt, export, gathered,  # noqa: E402
+                   load_policy, sample)
+from rollout import Limits, Rollout, Tools, collate, replay, roll_out  # noqa: E402
 from tools import CodeTool  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
 
@@ -182,6 +188,76 @@ def in_bfloat16(folder, frozen_head=False):
                     for name in expected if expected[name].any()}}
 
 
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors that are alive, and their peak: `held` ones, and what operations return.
+
+    The peak is kept once it is set to 0. Sizes are asked for after every operation, as FSDP2 frees and refills storages in
+    place. device: "cpu", or "meta" for those of FakeTensorMode ("cpu" leaves out the fake ones with which DTensor computes
+    shapes).
+    """
+
+    def __init__(self, held=(), device="cpu"):
+        super().__init__()
+        self.device, self.storages, self.peak = device, {}, None
+        for tensor in held:
+            self.hold(tensor)
+
+    def hold(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.device.type == self.device:
+            self.storages[storage._cdata] = weakref.ref(storage)
+
+    def now(self):
+        self.storages = {key: ref for key, ref in self.storages.items() if ref() is not None}
+        return sum(ref().nbytes() for ref in self.storages.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again with the tensors of this rank
+        result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor)
+        if self.peak is not None:
+            self.peak = max(self.peak, self.now())
+        return result
+
+
+def group_of_samples(policy, number, group_size, tokens):
+    """A group with one image of 12 x 16 patches in its prompt."""
+    picture = Image.effect_noise((224, 168), 60 + number).convert("RGB")
+    image = encode_image(policy, picture)
+    ids = encode_prompt(policy, "What is on the sign? " * 4, image)
+    return [Rollout({}, ids + [300 + i] * tokens, [0] * len(ids) + [1] * tokens, [0.0] * (len(ids) + tokens), [image])
+            for i in range(group_size)]
+
+
+def memory(folder, checkpointing):
+    """Bytes on this rank: of shards, of the gathered copy, and the peak of an update beyond weights and moments."""
+    with LiveBytes() as live:
+        policy = load_policy(folder, shard=True, gradient_checkpointing=checkpointing)
+        parameters = list(policy.model.parameters())
+        with gathered(policy):
+            copy = sum(p.untyped_storage().nbytes() for p in policy.model.parameters())
+        config, batches = Config(max_grad_norm=1e6), []
+        for number in range(2):
+            rows = group_of_samples(policy, number, 4, 40)
+            batches.append(collate(policy, rows, [1.0, -1.0, 0.5, -0.5]))
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+        update(policy, optimizer, batches[:1], 1, [None], config)  # makes the moments
+        before, live.peak = live.now(), 0
+        with patch.object(optimizer, "zero_grad"):  # or the gradients would be gone
+            update(policy, optimizer, batches, 2, [None, None], config)
+        step = live.peak - before
+    [(prompt, samples)] = batches[0].segments
+
+    def local(tensors):
+        return sum(tensor.to_local().nbytes for tensor in tensors)
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return {"weights": local(parameters), "gradients": local(p.grad for p in parameters), "moments": local(moments),
+            "copy": copy, "update": step, "left": live.now() - before, "prompt": prompt, "sample": samples[0]}
+
+
 def main(model, reference, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -190,6 +266,10 @@ def main(model, reference, out):
     def keep(part, value):
         torch.save(value, Path(out) / f"{part}-{label}.pt")
 
+    if reference.startswith("--memory"):
+        keep("memory", memory(model, reference == "--memory=checkpointing"))
+        dist.destroy_process_group()
+        return
     keep("load", load(model))
     whole = load_policy(model)
     rows, teacher = rows_of(whole), load_policy(reference, shard=True)
