@@ -131,7 +131,7 @@ MUTANTS = [
            "predictors.append([prompt_end, *range(", "predictors.append([start - 1, *range(",
            [f"{ROLLOUT}::test_a_packed_group_in_literal_ids"]),
     Mutant("rows_go_on_with_anothers_padding", "rows that go on are hidden tokens that others lack", "model.py",
-           "torch.nn.functional.pad(mask[kept],", "torch.nn.functional.pad(mask[:len(kept)],",
+           "pad(mask[kept],", "pad(mask[:len(kept)],",
            [f"{MODEL}::test_turns_are_sampled_as_from_the_whole_sequence"]),
     Mutant("positions_stand_still", "rows that go on repeat the position of their last token", "model.py",
            '["position_ids"][:, kept, -1:] + steps', '["position_ids"][:, kept, -1:] + steps - 1',
