@@ -379,7 +379,9 @@ def state_of(policy, optimizer):
 def computed_peak(config, shape):
     """Bytes on one GPU, by data/cost.py, of a step whose rollouts are one packed row."""
     packed = shape.num_prompts * (shape.prompt_tokens + shape.group_size * shape.sample_tokens)
-    return peak(step_bytes(config, shape, gpus=1, micro_batch_tokens=packed, batch_tokens=1 << 20))
+    images = 2 if shape.sample_patches else 1  # a rollout
+    return peak(step_bytes(config, shape, gpus=1, micro_batch_tokens=packed, batch_tokens=1 << 20,
+                           max_tokens=int(shape.prompt_tokens + shape.sample_tokens), max_images=images))
 
 
 def shape_of(rollouts, num_prompts):
