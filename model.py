@@ -487,6 +487,8 @@ def sample(policy: Policy, sequences: list[TokenSequence], max_new_tokens: int, 
     prompts = [prompt_of(policy, sequence) for sequence in sequences]
     cache, mask = _encode_prompts(policy, prompts)
     inputs = _unseen_inputs(policy, sequences, prompts)
+    if inputs["input_ids"].numel() > PIECE:
+        mask, inputs = _feed(policy, cache, mask, inputs)
     turns = [([], []) for _ in sequences]
     rows, steps_left = turns, max_new_tokens  # rows: the turns that the rows of the batch write
     while rows:
@@ -521,13 +523,10 @@ def _generate(policy: Policy, cache: DynamicCache, inputs: dict[str, Tensor], ma
     draw_one = Draw(temperature, policy.suppressed)
     config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens,
                               eos_token_id=policy.end_id,
-                              prefill_chunk_size=PIECE // len(inputs["input_ids"]),
                               pad_token_id=policy.tokenizer.pad_token_id)
     # synced_gpus would make ranks wait for the longest: parameters are gathered, so none has to.
-    # Positions of a piece are cut out of (3, B, S + T), those of the cached tokens are not read.
     output = policy.model.generate(
-        **inputs | {"position_ids": pad(inputs["position_ids"], (cache.get_seq_length(), 0))},
-        past_key_values=cache, generation_config=config, synced_gpus=False,
+        **inputs, past_key_values=cache, generation_config=config, synced_gpus=False,
         logits_processor=[draw_one], stopping_criteria=[HalfEnded(policy.end_id, interrupted)])
     return output[:, inputs["input_ids"].shape[1]:], torch.stack(draw_one.logps, dim=1)
 
@@ -585,6 +584,29 @@ def _unseen_inputs(policy: Policy, sequences: list[TokenSequence],
     width = inputs["input_ids"].shape[1]
     positions = token_inputs(policy, sequences, "left")["position_ids"]  # they count from the start
     return inputs | {"position_ids": positions[:, :, -width:]}
+
+
+def _feed(policy: Policy, cache: DynamicCache, mask: Tensor, inputs: dict[str, Tensor]
+          ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add all inputs but the last token of each row to the cache, PIECE tokens at a time.
+
+    mask (B, S): of the cache. Returns that of the larger cache, and the inputs that are left.
+    """
+    model, ids = policy.model.model, inputs["input_ids"]
+    mask = torch.cat([mask, inputs["attention_mask"][:, :-1]], dim=1)
+    embeddings = model.get_input_embeddings()(ids[:, :-1])  # (B, T - 1, H)
+    if "pixel_values" in inputs:
+        pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+        features = model.visual(pixels.to(embeddings.dtype), grid_thw=grids).pooler_output
+        is_image = ids[:, :-1, None] == policy.image_id
+        embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+    positions = inputs["position_ids"][:, :, :-1].split(PIECE // len(ids), dim=2)
+    for part, places in zip(embeddings.split(PIECE // len(ids), dim=1), positions):
+        seen = cache.get_seq_length() + part.shape[1]
+        model(inputs_embeds=part, position_ids=places, attention_mask=mask[:, :seen],
+              past_key_values=cache)
+    names = ("input_ids", "attention_mask", "position_ids")
+    return mask, {name: inputs[name][..., -1:] for name in names}
 
 
 def draw(logits: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ PACKAGE = {"files": set(), "flags": set(), "tasks": {"data", "tools"}, "report":
            "endpoint": {"tools", "rollout"}}
 FORBIDDEN = {("rollout", "reward"), ("tools", "torch")}  # (importer, imported), beyond the order
 # What there is to read, however it is broken into lines: code tokens, without comments and docstrings.
-CORE, CORE_TOKENS, ALL_TOKENS = ("train", "grpo", "reward", "rollout", "model"), 15_700, 29_200
+CORE, CORE_TOKENS, ALL_TOKENS = ("train", "grpo", "reward", "rollout", "model"), 15_900, 29_400
 TOKENS_A_LINE, README_WORDS = 11, 2_200
 PACKAGES = {"torch", "transformers", "PIL", "requests", "numpy", "pytest", "tokenizers", "safetensors", "tqdm"}
 OPTIONAL = {"cv2"}  # never needed to import a file

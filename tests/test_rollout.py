@@ -261,7 +261,7 @@ def test_a_prompt_without_room_for_a_turn_is_refused(policy):
     prompt = rollout.action_mask.index(1)
     enough, little = (Limits(max_new_tokens=20, max_tokens=prompt + room) for room in (20, 19))
     play(policy, task(), ["<answer> 7 </answer>"], limits=enough)
-    with pytest.raises(ValueError, match=rf"task 17: .* {prompt} tokens .* raise --max_tokens"):
+    with pytest.raises(ValueError, match=rf"its prompt has {prompt} tokens .* raise --max_tokens"):
         play(policy, task(17), ["<answer> 7 </answer>"], limits=little)
 
 
