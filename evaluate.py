@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Literal
@@ -202,8 +201,13 @@ def _keys(places: range, samples: int) -> list[Key]:
 
 
 def read_items(out: Path) -> dict[Key, dict]:
-    """The rows of items.jsonl."""
-    return {(row["number"], row["sample"]): row for row in read_json_lines(out / "items.jsonl")}
+    """The rows of items.jsonl. ValueError for a row of something else."""
+    path, needed = out / "items.jsonl", {"number", "sample", "id", "gt", "pred_answer", "error"}
+    rows = read_json_lines(path)
+    for line, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not row.keys() >= needed:
+            raise ValueError(f"{path}, line {line}: not the row of an item; delete the line")
+    return {(row["number"], row["sample"]): row for row in rows}
 
 
 def _played_before(out: Path, tasks: list[dict]) -> dict[Key, dict]:
@@ -225,7 +229,7 @@ def _finish(settings: Settings, wanted: list[Key]) -> dict[str, dict]:
     wanted rows. Others, of a start with a larger --limit, stay in items.jsonl."""
     out = settings.output_dir
     while not (done := read_items(out)).keys() >= set(wanted):
-        time.sleep(0.5)
+        time.sleep(2)
     write_whole(out / "items.jsonl", "".join(json.dumps(done[key]) + "\n" for key in sorted(done)))
     rows = [done[key] for key in wanted]
     if all(row["error"] for row in rows):
@@ -427,6 +431,7 @@ class Arguments:
                              "answers from the network, kept for all runs; empty: none")
     search_budget: int = flag(0, "searches sent over the network, after which the evaluation "
                                  "stops; 0: no end")
+    code_timeout: float = flag(5.0, "seconds a code call may take; best as in training")
     code_unlocked: bool = flag(False, "run model-written code in plain child processes where the "
                                       "kernel cannot lock it in")
     tools: Literal["on", "off"] = flag(
@@ -447,11 +452,11 @@ def _check_flags(args: Arguments) -> None:
         raise ValueError("give --model and --tasks; or --rescore FILE --benchmark NAME")
     for name in ("batch_size", "max_turns", "max_new_tokens", "max_tokens", "samples",
                  "max_observation_tokens", "max_images", "min_pixels", "api_timeout",
-                 "api_patience"):
+                 "api_patience", "code_timeout"):
         if not getattr(args, name) >= 1:  # NaN too
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.temperature < inf:
-        raise ValueError(f"--temperature {args.temperature}: must be at least 0, and finite")
+    if not 0 <= args.temperature <= 1e6:
+        raise ValueError(f"--temperature {args.temperature}: must be from 0 to 1e6")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.samples > 1 and args.temperature == 0:
@@ -470,8 +475,12 @@ def _check_folder(out: Path, flags: dict) -> None:
                          f"what it trained give --model {out / 'model'}")
     if what not in ("", "an evaluation"):
         raise ValueError(f"--output_dir {out} holds {what}; choose another folder")
-    path = out / "config.json"
-    before = parse_json(path.read_bytes(), path, 1) if path.exists() else flags
+    path, before = out / "config.json", flags
+    if what:
+        before = parse_json(path.read_bytes(), path, 1) if path.exists() else None
+    if not isinstance(before, dict):
+        raise ValueError(f"--output_dir {out} holds an evaluation without its flags (config.json); "
+                         "choose another folder")
     changed = [name for name in sorted(flags.keys() - MAY_CHANGE)
                if before.get(name) != flags[name]]
     if changed:
@@ -496,7 +505,9 @@ def _run(args: Arguments) -> dict[str, dict]:
         search.check()
     _check_folder(out, asdict(args))
     try:
-        code = CodeTool(unlocked=args.code_unlocked) if args.tools == "on" else nullcontext()
+        code = nullcontext()
+        if args.tools == "on":
+            code = CodeTool(timeout=args.code_timeout, unlocked=args.code_unlocked)
     except RuntimeError as error:  # this kernel cannot lock the tool's processes in
         raise ValueError(error) from error
     with code as code:

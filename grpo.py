@@ -124,11 +124,11 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def token_weights(action_mask: Tensor, loss: str, *,
-                  num_rollouts: int, num_tokens: int, max_tokens: int) -> Tensor:
+                  num_rollouts: int, num_tokens: int, max_action_tokens: int) -> Tensor:
     """Weight of every token in the loss. action_mask (B, T) -> (B, T) float32.
 
     All counts are of the whole update. num_rollouts: rollouts over all micro-batches and ranks;
-    num_tokens: their action tokens; max_tokens: the longest possible rollout, a constant.
+    num_tokens: their action tokens; max_action_tokens: the most that a rollout can have.
 
     `grpo`: mean over rollouts of the mean over tokens. `dapo` (arXiv 2503.14476): mean over all
     tokens. `dr_grpo`: sum over tokens, divided by a constant length. A rollout without action
@@ -141,7 +141,7 @@ def token_weights(action_mask: Tensor, loss: str, *,
     if loss == "dapo":
         return mask / max(num_tokens, 1)
     if loss == "dr_grpo":
-        return mask / (num_rollouts * max_tokens)
+        return mask / (num_rollouts * max_action_tokens)
     known = ", ".join(LOSSES)
     raise ValueError(f"unknown loss {loss!r}: one of {known}")
 
@@ -153,8 +153,8 @@ def policy_loss(logps: Tensor, advantages: Tensor, weights: Tensor, *,
     """The loss of one micro-batch, on the scale of the whole update: add up over micro-batches.
 
     logps, weights, old_logps, ref_logps: (B, T) float32; advantages: (B,). old_logps=None means
-    that the batch is used once: the ratio is 1 and only its gradient is left. ref_logps=None means
-    no KL term.
+    that the batch is used once: the ratio is 1, and its gradient is that of logps. ref_logps=None
+    means no KL term.
 
     Returns the scalar loss and two sums to be added up over micro-batches and ranks too: `kl` (k3)
     and `clipped` (tokens whose gradient the clip cuts). They are weighted as the loss is; divided

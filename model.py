@@ -23,11 +23,8 @@ Left out on purpose: other model families, video, LoRA, quantisation, inference 
 Legend: P prompts, G samples a prompt, B rollouts, T tokens, S tokens in the cache, V vocabulary,
 H hidden size, N tokens of a packed row.
 """
-import ctypes
 import math
 import os
-import signal
-import sys
 import time
 import types
 import warnings
@@ -48,16 +45,16 @@ from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.nn.functional import pad
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache,
-    GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration, StoppingCriteria)
+    AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, LogitsProcessor,
+    PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+    StoppingCriteria)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
 
+from data.model_files import read_config, read_image_processor, read_model, read_tokenizer
 from grpo import Segments, packed_attention, token_logps
-from tools import PR_SET_PDEATHSIG, to_rgb
+from tools import cores_of_rank, to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408  # of a resized image; the paper trains with 401,408
 PATIENCE = timedelta(hours=4)  # of ranks with each other: one loads 16 GB or plays longer turns
@@ -77,7 +74,7 @@ class TokenSequence(Protocol):
     """What the model reads: token ids, and one image for each run of `<|image_pad|>` in them."""
     ids: list[int]
     images: list[EncodedImage]
-    action_mask: list[int]  # 1 where an id was sampled; the prompt is all before the first 1
+    action_mask: list[int]  # 1 where an id was sampled; only `prompt_of` reads it
 
 
 class Prompt(NamedTuple):
@@ -121,29 +118,25 @@ def pick_device() -> tuple[torch.device, str]:
     return torch.device("cpu"), "gloo"
 
 
-def cores_of_rank() -> int:
-    """CPU cores that this process may use, shared among torchrun's ranks on this machine."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def start_ranks() -> None:
     """Join torchrun's process group, or make one of this process alone. CPU ranks share cores."""
     device, backend = pick_device()
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        if sys.platform == "linux":
-            # If torchrun is killed, end too, or the run's folder stays taken.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun's store is there, or torchrun is dead: not to be waited for.
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+        store.set_timeout(PATIENCE)
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's store outlives a restart, with the addresses of dead ranks.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if device.type == "cpu":  # more threads than cores slow all ranks down
         torch.set_num_threads(cores_of_rank())
+
+
+def pass_dtype(device: torch.device) -> torch.dtype:
+    """What forward passes compute in: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def is_lead() -> bool:
@@ -180,24 +173,6 @@ def all_reduce(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, floa
 # ---- load ----------------------------------------------------------------------------------------
 
 
-def check_model(name: str) -> None:
-    """ValueError, within milliseconds, if `name` is a folder without a model. Hub names pass."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/")) or name.count("/") != 1 or folder.parent.is_dir():
-            raise ValueError(f"--model {name}: no such folder (and not a hub name like "
-                             "Qwen/Qwen2.5-VL-3B-Instruct)")
-        return
-    missing = None
-    if not {path.suffix for path in folder.iterdir()} & {".safetensors", ".bin"}:
-        missing = "weights (.safetensors or .bin)"
-    if not (folder / "config.json").is_file():
-        missing = "config.json"
-    if missing:
-        raise ValueError(f"--model {name}: the folder has no {missing}; give a folder written by "
-                         "save_pretrained, as RUN/model is, or a hub name")
-
-
 def load_policy(name: str, *, device: torch.device | None = None, shard: bool = False,
                 gradient_checkpointing: bool = False, min_pixels: int = MIN_PIXELS,
                 max_pixels: int = MAX_PIXELS) -> Policy:
@@ -208,63 +183,26 @@ def load_policy(name: str, *, device: torch.device | None = None, shard: bool = 
     and max_pixels bound each image after resizing. Raises ValueError, on all ranks, for what is no
     Qwen2.5-VL or cannot be loaded.
     """
-    check_model(name)
-    device = device or pick_device()[0]
-    config = _read(AutoConfig.from_pretrained, name, trust_remote_code=False)
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"--model {name}: model_type is {config.model_type!r}, "
-                         "this code trains 'qwen2_5_vl'")
+    device, config = device or pick_device()[0], read_config(name)
+    export_dtype = config.dtype or torch.float32  # read here, as building a model changes it
     is_large = config.text_config.hidden_size >= 2048  # 3B and above
     if is_large and device.type == "cpu" and os.environ.get("RANK", "0") == "0":
         warnings.warn(f"no GPU was found: --model {name} runs on the CPU, which takes hours a step "
                       f"(torch {torch.__version__}; look at nvidia-smi and its driver)",
                       stacklevel=2)
-    tokenizer = _read(AutoTokenizer.from_pretrained, name)
-    if tokenizer.chat_template is None:  # older processors keep it in chat_template.json
-        processor, _ = _read(ProcessorMixin.get_processor_dict, name)
-        tokenizer.chat_template = processor.get("chat_template")
-    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
-        raise ValueError(f"--model {name}: <|image_pad|> is not {config.image_token_id}: "
-                         "the tokenizer is another model's")
-    # Not `size=`: min_pixels and max_pixels of the hub's preprocessor_config.json would win.
-    image_processor = _read(Qwen2VLImageProcessorPil.from_pretrained, name,
-                            min_pixels=min_pixels, max_pixels=max_pixels)
+    tokenizer = read_tokenizer(name, config)
+    image_processor = read_image_processor(name, config, min_pixels, max_pixels)
     if shard:
         model = _load_sharded(name, config, device)
     else:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = _read_model(name, dtype).to(device)
+        model = read_model(name, pass_dtype(device)).to(device)
     if gradient_checkpointing:
         # Before transformers 5.23 it has an older name.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    policy = Policy(_set_up(model), tokenizer, image_processor, device,
-                    config.dtype or torch.float32)
+    policy = Policy(_set_up(model), tokenizer, image_processor, device, export_dtype)
     _check_prompts(policy, name)
     return policy
-
-
-def _read(from_pretrained: Callable, name: str, **options):
-    """`from_pretrained(name)`; its errors, of many types, become a ValueError with a way out."""
-    try:
-        return from_pretrained(name, **options)
-    except Exception as error:  # also those of parsers, of the hub and of its network
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(
-            f"--model {name} cannot be loaded: {type(error).__name__}: {reason}; give a folder "
-            "written by save_pretrained, or check the name on huggingface.co and the network; "
-            "a gated or private model needs `hf auth login`") from None
-
-
-def _read_model(name: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """The whole model. `from_pretrained` alone leaves random values where the files lack some."""
-    model, found = _read(Qwen2_5_VLForConditionalGeneration.from_pretrained, name, dtype=dtype,
-                         ignore_mismatched_sizes=True, output_loading_info=True)
-    wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
-    if wrong:
-        raise ValueError(f"--model {name}: {len(wrong)} tensors are absent or of another shape, "
-                         f"{wrong[0]} the first; mend the folder")
-    return model
 
 
 def _set_up(model: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
@@ -274,8 +212,8 @@ def _set_up(model: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForCondition
     model.model.language_model.config._attn_implementation = "group_attention"
     model.action_logps = types.MethodType(_action_logps, model)
     # `generate` would fill in the hub's defaults, such as a repetition penalty of 1.05.
-    model.hub_generation_config, model.generation_config = (model.generation_config,
-                                                            GenerationConfig())
+    model.hub_generation_config = model.generation_config
+    model.generation_config = GenerationConfig()
     if isinstance(model, FSDPModule):
         # FSDP then gathers the root's parameters around it as it does around forward.
         register_fsdp_forward_method(model, "action_logps")
@@ -287,12 +225,7 @@ def _set_up(model: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForCondition
 
 
 def _check_prompts(policy: Policy, name: str) -> None:
-    """ValueError if a task cannot be shown: a template without text or image, other patches."""
-    vision, processor = policy.model.config.vision_config, policy.image_processor
-    sizes = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
-    if sizes != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):
-        raise ValueError(f"--model {name}: its image processor cuts patches, merges and frames by "
-                         f"{sizes}, the model otherwise")
+    """ValueError if no prompt can be made, as of a chat template without text or image."""
     try:
         encode_prompt(policy, "?", None)
         encode_prompt(policy, "?", encode_image(policy, Image.new("RGB", (56, 56))))
@@ -353,7 +286,8 @@ def _fill(policy: Policy, rendered: str, text: str, image: EncodedImage | None) 
     if image is None:
         return ids
     at = ids.index(policy.image_id)
-    return ids[:at] + [policy.image_id] * image_tokens(policy, image) + ids[at + 1:]
+    placeholders = [policy.image_id] * image_tokens(policy, image)
+    return ids[:at] + placeholders + ids[at + 1:]
 
 
 def prompt_of(policy: Policy, sequence: TokenSequence) -> Prompt:
@@ -362,14 +296,16 @@ def prompt_of(policy: Policy, sequence: TokenSequence) -> Prompt:
     if 1 in sequence.action_mask:
         length = sequence.action_mask.index(1)
     ids = sequence.ids[:length]
-    num_images = ids.count(policy.model.config.vision_start_token_id)
+    vision_start = policy.model.config.vision_start_token_id
+    num_images = ids.count(vision_start)
     return Prompt(ids, sequence.images[:num_images])
 
 
 def model_inputs(policy: Policy, sequences: list[TokenSequence], side: str) -> dict[str, Tensor]:
     """All that the model reads: `token_inputs`, and `image_inputs` in the order of sequences."""
     images = [image for s in sequences for image in s.images]
-    return token_inputs(policy, sequences, side) | image_inputs(policy, images)
+    tokens = token_inputs(policy, sequences, side)
+    return tokens | image_inputs(policy, images)
 
 
 def token_inputs(policy: Policy, sequences: list[TokenSequence], side: str) -> dict[str, Tensor]:
@@ -393,7 +329,8 @@ def image_inputs(policy: Policy, images: list[EncodedImage]) -> dict[str, Tensor
         return {}
     pixels = torch.cat([image.pixels for image in images])
     grids = torch.tensor([image.grid for image in images])
-    return {"pixel_values": pixels.to(policy.device), "image_grid_thw": grids.to(policy.device)}
+    return {"pixel_values": pixels.to(policy.device),
+            "image_grid_thw": grids.to(policy.device)}
 
 
 # ---- shard ---------------------------------------------------------------------------------------
@@ -405,9 +342,10 @@ def _load_sharded(name: str, config: Qwen2_5_VLConfig,
     weights, rest = {}, [None]
     if dist.get_rank() == 0:
         try:
-            whole = _read_model(name, torch.float32)
+            whole = read_model(name, torch.float32)
             weights = whole.state_dict()
-            rest = [(dict(whole.named_buffers()), whole.generation_config)]
+            buffers = dict(whole.named_buffers())
+            rest = [(buffers, whole.generation_config)]
         except ValueError as error:  # the other ranks would wait for weights
             rest = [error]
     dist.broadcast_object_list(rest, src=0)
@@ -421,14 +359,15 @@ def _load_sharded(name: str, config: Qwen2_5_VLConfig,
     return model
 
 
-def _empty_shards(config: Qwen2_5_VLConfig, device: torch.device,
-                  buffers: dict[str, Tensor]) -> Qwen2_5_VLForConditionalGeneration:
+def _empty_shards(config: Qwen2_5_VLConfig, device: torch.device, buffers: dict[str, Tensor],
+                  dtype: torch.dtype = torch.float32) -> Qwen2_5_VLForConditionalGeneration:
     """A model sharded by FSDP2, whose parameters have no values yet. No rank holds a whole one.
 
-    Units: each decoder layer, each vision block, the root with the rest (embeddings, merger, head).
+    Units: each decoder layer, each vision block, and the root: the model itself, with the rest of
+    the parameters (embeddings, merger, head).
     """
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
     options = {}
     if device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(
@@ -444,9 +383,13 @@ def _empty_shards(config: Qwen2_5_VLConfig, device: torch.device,
 
 
 def copy_policy(policy: Policy) -> Policy:
-    """A second model with the present weights of a sharded one. Nothing is read or sent."""
+    """A second model with the present weights of a sharded one, for forward passes only.
+
+    Its weights are kept in the dtype of these, so they are not rounded twice. Nothing is read or
+    sent.
+    """
     buffers = dict(policy.model.named_buffers())
-    model = _empty_shards(policy.model.config, policy.device, buffers)
+    model = _empty_shards(policy.model.config, policy.device, buffers, pass_dtype(policy.device))
     model.load_state_dict(policy.model.state_dict())
     return replace(policy, model=_set_up(model))
 
@@ -455,7 +398,8 @@ def copy_policy(policy: Policy) -> Policy:
 def gathered(policy: Policy) -> Iterator[None]:
     """Inside, every rank holds all parameters and forward passes run no collectives.
 
-    All ranks enter together.
+    Otherwise each layer would be freed after its forward pass, and gathered again for the next
+    token. All ranks enter together.
     """
     modules = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
     for m in modules:
@@ -478,11 +422,12 @@ def sample(policy: Policy, sequences: list[TokenSequence], max_new_tokens: int, 
            ) -> list[tuple[list[int], list[float]]]:
     """One turn for each of B sequences: [(ids, with `<|im_end|>` if it came, log-probs), ...].
 
-    A prompt is encoded once for all neighbours that begin with it; its keys and values are then
-    repeated. `generate` runs until half of the rows have ended their turns. These leave the batch,
-    and the rest go on with their part of the cache. temperature 0 is greedy (log-probs are then
-    those at temperature 1). Random numbers come from torch's global generator. Once `interrupted`
-    says True, turns end where they are.
+    Each call reads its sequences anew: while tools run, no cache takes memory. A prompt is encoded
+    once for all neighbours that begin with it; its keys and values are then repeated. `generate`
+    runs until half of the rows have ended their turns. These leave the batch, and the rest go on
+    with their part of the cache. temperature 0 is greedy (log-probs are then those at temperature
+    1). Random numbers come from torch's global generator. Once `interrupted` says True, turns end
+    where they are.
     """
     prompts = [prompt_of(policy, sequence) for sequence in sequences]
     cache, mask = _encode_prompts(policy, prompts)
@@ -490,14 +435,17 @@ def sample(policy: Policy, sequences: list[TokenSequence], max_new_tokens: int, 
     if inputs["input_ids"].numel() > PIECE:
         mask, inputs = _feed(policy, cache, mask, inputs)
     turns = [([], []) for _ in sequences]
-    rows, steps_left = turns, max_new_tokens  # rows: the turns that the rows of the batch write
+    # rows: the turns that are still written, the very same lists, one for each row of the batch.
+    rows, steps_left = turns, max_new_tokens
     while rows:
         mask = torch.cat([mask, inputs.pop("attention_mask")], dim=1)  # (B, S)
         ids, logps = _generate(policy, cache, inputs | {"attention_mask": mask}, steps_left,
                                temperature, interrupted)
         steps = ids.shape[1]
         for turn, row_ids, row_logps in zip(rows, ids.tolist(), logps.tolist(), strict=True):
-            length = row_ids.index(policy.end_id) + 1 if policy.end_id in row_ids else steps
+            length = steps
+            if policy.end_id in row_ids:
+                length = row_ids.index(policy.end_id) + 1
             turn[0].extend(row_ids[:length])
             turn[1].extend(row_logps[:length])
         steps_left -= steps
@@ -509,7 +457,8 @@ def sample(policy: Policy, sequences: list[TokenSequence], max_new_tokens: int, 
         rows = [rows[i] for i in going]
         # The last token drawn is not in the cache yet: it is the next input.
         mask = pad(mask[kept], (0, steps - 1), value=1)
-        inputs = {"input_ids": ids[kept, -1:], "attention_mask": mask.new_ones(len(rows), 1),
+        inputs = {"input_ids": ids[kept, -1:],  # (B, 1)
+                  "attention_mask": mask.new_ones(len(rows), 1),
                   "position_ids": inputs["position_ids"][:, kept, -1:] + steps}  # (3, B, 1)
     return turns
 
@@ -528,7 +477,8 @@ def _generate(policy: Policy, cache: DynamicCache, inputs: dict[str, Tensor], ma
     output = policy.model.generate(
         **inputs, past_key_values=cache, generation_config=config, synced_gpus=False,
         logits_processor=[draw_one], stopping_criteria=[HalfEnded(policy.end_id, interrupted)])
-    return output[:, inputs["input_ids"].shape[1]:], torch.stack(draw_one.logps, dim=1)
+    num_fed = inputs["input_ids"].shape[1]
+    return output[:, num_fed:], torch.stack(draw_one.logps, dim=1)
 
 
 class Draw(LogitsProcessor):
@@ -596,12 +546,15 @@ def _feed(policy: Policy, cache: DynamicCache, mask: Tensor, inputs: dict[str, T
     mask = torch.cat([mask, inputs["attention_mask"][:, :-1]], dim=1)
     embeddings = model.get_input_embeddings()(ids[:, :-1])  # (B, T - 1, H)
     if "pixel_values" in inputs:
-        pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
-        features = model.visual(pixels.to(embeddings.dtype), grid_thw=grids).pooler_output
+        pixels = inputs["pixel_values"].to(embeddings.dtype)
+        grids = inputs["image_grid_thw"]
+        features = model.visual(pixels, grid_thw=grids).pooler_output
         is_image = ids[:, :-1, None] == policy.image_id
         embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
-    positions = inputs["position_ids"][:, :, :-1].split(PIECE // len(ids), dim=2)
-    for part, places in zip(embeddings.split(PIECE // len(ids), dim=1), positions):
+    width = max(1, PIECE // len(ids))
+    parts = embeddings.split(width, dim=1)
+    positions = inputs["position_ids"][:, :, :-1].split(width, dim=2)
+    for part, places in zip(parts, positions):
         seen = cache.get_seq_length() + part.shape[1]
         model(inputs_embeds=part, position_ids=places, attention_mask=mask[:, :seen],
               past_key_values=cache)
@@ -612,20 +565,22 @@ def _feed(policy: Policy, cache: DynamicCache, mask: Tensor, inputs: dict[str, T
 def draw(logits: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token from each row of logits (B, V). Returns ids and their log-probs, (B,) each.
 
-    One distribution for both: suppressed ids are taken out, then comes the temperature (0: the
-    likeliest token, with its log-prob at 1). A uniform number is looked up in the cumulative
+    One distribution for both: suppressed ids are taken out, then comes the temperature (below 1e-6:
+    the likeliest token, with its log-prob at 1). A uniform number is looked up in the cumulative
     distribution. That is exact, and on a CPU V times less work than `torch.multinomial`, which
     draws a number for each token of the vocabulary.
     """
     logits = logits.float().index_fill(1, suppressed, float("-inf"))
-    logps = torch.log_softmax(logits / (temperature or 1.0), dim=1)
-    if temperature == 0:
+    is_greedy = temperature < 1e-6
+    logps = torch.log_softmax(logits / (1.0 if is_greedy else temperature), dim=1)
+    if is_greedy:
         ids = logps.argmax(dim=1, keepdim=True)  # (B, 1)
     else:
         cumulative = logps.double().exp_().cumsum(dim=1)  # (B, V)
+        total = cumulative[:, -1:]  # 1, but for rounding
         uniform = torch.rand(len(logps), 1, dtype=torch.float64, device=logps.device)
         # right=True: never an id of probability 0
-        ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+        ids = torch.searchsorted(cumulative, uniform * total, right=True)  # (B, 1)
     return ids.squeeze(1), logps.gather(1, ids).squeeze(1)
 
 
@@ -655,7 +610,7 @@ def action_logps(policy: Policy, row: PackedRow, temperature: float) -> tuple[Te
 
 def _action_logps(model: Qwen2_5_VLForConditionalGeneration, row: PackedRow, temperature: float,
                   suppressed: Tensor) -> tuple[Tensor, Tensor]:
-    """`action_logps`, as a method of the model."""
+    """`action_logps`, as a method of the model: log-probs have gradients, entropies have not."""
     mask = row.action_mask
     unused = 0.0
     if "pixel_values" not in row.inputs:

@@ -16,7 +16,7 @@ Legend: P prompts, G samples a prompt, B = P·G rollouts, T tokens, N tokens of 
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from grpo import Segments
 from model import (EncodedImage, Policy, encode_image, encode_observation, encode_prompt,
                    encode_text, image_inputs, prompt_of, sample, token_inputs)
-from tools import (TOOLS, TOOLS_OFF, Action, Call, ToolResult, Tools, open_picture, parse_action,
-                   to_rgb)
+from tools import (MAX_ASPECT, TOOLS, TOOLS_OFF, Action, Call, ToolResult, Tools, open_picture,
+                   parse_action, to_rgb)
 
 BEGINNINGS = {  # of the full instructions, by the family of the task
     "search": "Answer the question about the image (if there is one) step by step.",
@@ -222,19 +222,33 @@ def _observe(policy: Policy, rollouts: list[Rollout], tools: Tools, limits: Limi
     A problem is answered with a tip, and with no result.
     """
     actions = [r.turns[-1].action for r in rollouts]
-    observations = [(None, _tip(action.content)) for action in actions]
+    observations = [(None, _tip(action.content)) if action.kind == "problem" else None
+                    for action in actions]
     for tag, tool in TOOLS.items():
         rows = [i for i, action in enumerate(actions) if action.kind == tag]
         calls = [Call(actions[i].content, rollouts[i].pictures, rollouts[i].task) for i in rows]
         if not calls:
             continue
         results = tool.run(tools, calls) if tools.is_on(tag) else [TOOLS_OFF] * len(calls)
-        for i, result in zip(rows, results, strict=True):
+        if not isinstance(results, list) or len(results) != len(calls):
+            raise RuntimeError(f"the tool {tag!r} must return a list of {len(calls)} results")
+        for i, result in zip(rows, map(_with_plain_image, results)):
             text = _shorten(policy, result.text, limits.max_observation_tokens)
             if result.image and not text:
                 text = IMAGE_READY
             observations[i] = result, tool.observation.format(text)
     return observations
+
+
+def _with_plain_image(result: ToolResult) -> ToolResult:
+    """The result with its image in RGB, or as a failure if the model cannot be shown the image."""
+    if result.image is None:
+        return result
+    width, height = result.image.size
+    if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
+        return ToolResult(False, f"Error: the image has {width}x{height} pixels", None, "bad_image",
+                          result.seconds)
+    return replace(result, image=to_rgb(result.image))
 
 
 def _tip(labels: str) -> str:
@@ -254,10 +268,10 @@ def _append_observation(policy: Policy, rollout: Rollout, result: ToolResult | N
     turn = rollout.turns[-1]
     turn.result = result
     picture = result.image if result else None
-    image = encode_image(policy, picture) if picture else None
-    if image is not None and len(rollout.images) >= limits.max_images:
+    if picture and len(rollout.images) >= limits.max_images:
         rollout.stop = "images"
         return
+    image = encode_image(policy, picture) if picture else None
     ids = encode_observation(policy, text, image)
     if len(rollout.ids) + len(ids) + limits.max_new_tokens > limits.max_tokens:
         rollout.stop = "length"

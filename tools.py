@@ -128,7 +128,8 @@ class Tool(NamedTuple):
     """
     families: tuple[str, ...]  # of tasks whose full prompt names the tool
     instruction: str  # its line in that prompt
-    run: Callable[[Tools, list[Call]], list[ToolResult]]  # of at least one call, in their order
+    # One result for each of at least one call, in their order. What it raises ends the run.
+    run: Callable[[Tools, list[Call]], list[ToolResult]]
     observation: str = "{}"  # what the model reads; {} is the result's text
 
 
@@ -384,14 +385,24 @@ class Server(NamedTuple):
     folder: str
 
 
+def cores_of_rank() -> int:
+    """CPU cores that this process may use, shared among torchrun's ranks on this machine."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 class CodeTool:
     """Runs image code on `workers` warm servers, at most `timeout` seconds a call.
 
-    A context manager. `unlocked` accepts plain child processes, which may do all that the user may,
-    where there is no Linux with seccomp. Raises RuntimeError if no server can be started.
+    A context manager. workers=0: one for each core of this rank. `unlocked` accepts plain child
+    processes, which may do all that the user may, where there is no Linux with seccomp. Raises
+    RuntimeError if no server can be started.
     """
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0, unlocked: bool = False):
+    def __init__(self, workers: int = 0, timeout: float = 5.0, unlocked: bool = False):
+        workers = workers or cores_of_rank()
         self.timeout, self._unlocked = timeout, unlocked
         self._pool = ThreadPoolExecutor(workers)  # a thread a server, so one is always idle
         self._idle = list(self._pool.map(lambda _: self._start(), range(workers)))
@@ -872,8 +883,8 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
     A passage must hold a rare word of the query, one in at most 2 % of all passages (or in at most
     COMMON of build_index.py); ranking all that hold "the" would take seconds. BM25 ranks them by
     all words in at most half of the passages; the rare ones count twice, as FTS5 scores each word
-    of a match and they stand in both of its brackets. If nothing is found,
-    the first MAX_RANKED passages with any word are ranked.
+    of a match and they stand in both of its brackets. If nothing is found, the first MAX_RANKED
+    passages with any word are ranked. Raises RuntimeError where the index is damaged.
     """
     path = address.partition(":")[2]
     try:
@@ -881,7 +892,9 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
                                    check_same_thread=False)
         size = database.execute("SELECT max(id) FROM passages").fetchone()[0] or 0
         database.execute("SELECT * FROM words, common LIMIT 1")  # what is no index fails here
-    except sqlite3.Error as error:
+        for (text,) in database.execute("SELECT text FROM passages LIMIT 1"):
+            zlib.decompress(text)
+    except (sqlite3.Error, zlib.error, TypeError) as error:
         raise ValueError(f"{path} is no index of a corpus ({error}); make one: "
                          "python data/build_index.py CORPUS.jsonl -o INDEX.sqlite") from error
 
@@ -895,6 +908,12 @@ def open_sqlite(address: str) -> Callable[[str, int], Passages]:
         return [(zlib.decompress(text).decode(), "") for (text,) in rows]
 
     def search(query: str, topk: int) -> Passages:
+        try:
+            return find(query, topk)
+        except (sqlite3.Error, zlib.error) as error:
+            raise RuntimeError(f"{path} is damaged ({error}); build the index again") from error
+
+    def find(query: str, topk: int) -> Passages:
         words = distinct_words(query)[:64]  # plenty; thousands would take seconds
         sql = f"SELECT word, passages FROM common WHERE word IN ({', '.join('?' * len(words))})"
         passages_with = dict(database.execute(sql, words))  # only of words in more than COMMON
@@ -1230,10 +1249,10 @@ def _exchange(url: str, payload: dict | None, headers: dict, public: bool,
         detail = body[:MAX_TEXT].decode("utf-8", "replace")
         raise RequestFailed(f"http_{reply.status_code}", wait, detail)
     kind = reply.headers.get("Content-Type", "text/plain").lower()
-    charset = (re.findall(r'charset="?([\w-]+)', kind) or ["utf-8"])[0]
+    charset = (re.findall(r"""charset\s*=\s*["']?([\w-]+)""", kind) or ["utf-8"])[0]
     if not CHARSETS.match(charset) or public and not kind.startswith("text/"):
         raise ValueError(f"no text that can be read but {kind[:99]}")
-    if len(body) > MAX_BODY or "Content-Encoding" in reply.headers:
+    if len(body) > MAX_BODY or reply.headers.get("Content-Encoding", "identity") != "identity":
         raise ValueError("too long or compressed")
     return body.decode(charset, "replace"), kind
 

@@ -42,10 +42,11 @@ from data.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from data.files import (append_json_line, holds, nothing_left, publish, read_json_lines,
                         take_folder, write_json_lines, write_whole)
 from data.flags import fail, flag, parse_flags
+from data.model_files import check_model
 from data.tasks import describe, load_tasks
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
-from model import (MAX_PIXELS, MIN_PIXELS, Policy, action_logps, all_reduce, check_model, clock,
-                   copy_policy, cores_of_rank, export, gather, gathered, is_lead, load_policy,
+from model import (MAX_PIXELS, MIN_PIXELS, Policy, action_logps, all_reduce, clock,
+                   copy_policy, export, gather, gathered, is_lead, load_policy,
                    share_of_rank, start_ranks)
 from reward import (STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward,
                     weighted_sum)
@@ -54,10 +55,11 @@ from rollout import (Limits, Rollout, collate, micro_batches, opening_error, rol
 from tools import CodeTool, SearchTool, Tools, action_tags, parse_action
 
 # Numbers given as flags are above 0 and finite, but for these bounds.
-LEAST = {"group_size": 2, "lr_decay": 0, "seed": 0, "beta": 0, "search_pages": 0,
-         "search_budget": 0, "code_workers": 0, "eval_every": 0, "eval_limit": 0,
-         "eval_temperature": 0}
-MOST = {"lr_decay": 1, "seed": 2**32 - 1}
+LEAST = {"group_size": 2, "temperature": 1e-6, "lr_decay": 0, "seed": 0, "beta": 0,
+         "search_pages": 0, "search_budget": 0, "code_workers": 0, "eval_every": 0,
+         "eval_limit": 0, "eval_temperature": 0}
+MOST = {"lr_decay": 1, "seed": 2**32 - 1, "temperature": 1e6, "eval_temperature": 1e6,
+        "code_workers": 1024, "code_timeout": 1e6}
 
 
 @dataclass
@@ -179,8 +181,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     updates in a row that were not finite.
     """
     start_of_run, skipped, stop = time.perf_counter(), 0, Stop(config, search)
-    workers = config.code_workers or cores_of_rank()
-    with CodeTool(workers, config.code_timeout, config.code_unlocked) as code:
+    with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code:
         tools = Tools(code, search)
         for step in range(first, config.steps):
             if step == 0 or config.eval_every and step % config.eval_every == 0:
@@ -198,7 +199,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                 rollouts, seconds = roll_out(
                     policy, prompts, tools, config.limits(), group_size=config.group_size,
                     temperature=config.temperature, prompt=config.prompt, interrupted=stop.is_due)
-            if reason := stop.agreed():  # the rollouts may be incomplete: they are thrown away
+            if reason := stop.agreed():  # all rollouts are thrown away, and played again on resume
                 save_checkpoint(config.out, step, policy, optimizer, config.flags(), config.keep)
                 return f"before step {step + 1}: {reason}"
 
@@ -383,12 +384,13 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
 
     Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
     first, when the policy is still the one that sampled. The log-probs of the first pass are the
-    old ones of the later passes. Where loss or gradient is not finite, no step is taken.
+    old ones of the later passes. Where loss or gradient is not finite, that step and those after it
+    on the same batch are left out.
     """
     real = batches[:num_real]
     counts = all_reduce({"rollouts": sum(len(batch.advantages) for batch in real),
                          "tokens": sum(int(batch.action_mask.sum()) for batch in real)})
-    max_tokens = config.limits().max_turns * config.max_new_tokens
+    max_action_tokens = config.limits().max_turns * config.max_new_tokens
     old_logps, gaps = [None] * len(batches), []
     policy.model.train()
     for _ in range(config.updates_per_batch):
@@ -397,7 +399,7 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
             logps, entropy = action_logps(policy, batch, config.temperature)  # (B, T)
             weights = token_weights(
                 batch.action_mask, config.loss, num_rollouts=counts["rollouts"],
-                num_tokens=counts["tokens"], max_tokens=max_tokens)
+                num_tokens=counts["tokens"], max_action_tokens=max_action_tokens)
             weights = weights * (i < num_real)  # (B, T); 0 for a batch that only fills up
             loss, parts = policy_loss(
                 logps, batch.advantages, weights, old_logps=old, ref_logps=ref, beta=config.beta,
@@ -445,12 +447,12 @@ def log_step(step: int, rewarded: list[tuple[Rollout, dict, float, float]],
                      "success": success(rollout, config.mode)})
     rows = gather(rows)
     num_failed = len(set(gather(list(failed))))
-    spent = all_reduce({**seconds, "all": time.perf_counter() - start}, dist.ReduceOp.MAX)
-    total = spent.pop("all")
+    seconds = all_reduce(seconds, dist.ReduceOp.MAX)
+    total = all_reduce({"all": time.perf_counter() - start}, dist.ReduceOp.MAX)["all"]
     row = {"step": step, **rollout_metrics(rows, config.reward_weights()),
            "tasks_failed": num_failed, **metrics, "lr": learning_rate(step - 1, config),
            "tokens_per_s": metrics["tokens"] / total, "seconds": total,
-           **{f"seconds_{name}": value for name, value in spent.items()}}
+           **{f"seconds_{name}": value for name, value in seconds.items()}}
     if is_lead():
         append_json_line(config.out / "metrics.jsonl", row)
         if folder:
@@ -515,7 +517,8 @@ def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, 
     """
     start, path = time.perf_counter(), config.out / "evaluations.jsonl"
     label = "on" if tools.code or tools.search else "off"
-    known = [(row["step"], row["tools"]) for row in read_json_lines(path)]
+    # The first rank's view, as others may see the file later where folders are shared.
+    known = gather([(row["step"], row["tools"]) for row in read_json_lines(path)] * is_lead())
     if not tasks or (step, label) in known:
         return
     seed_step(config.seed, -1 - step)
@@ -613,6 +616,8 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
     first, folder = 0, None
     if config.resume:
         first, folder = newest_checkpoint(config.out, config.flags())
+    if first > config.steps:
+        raise ValueError(f"{config.out} has done {first} steps; give --steps {first} or more")
     policy = load_policy(
         config.model, shard=True, gradient_checkpointing=config.gradient_checkpointing,
         min_pixels=config.min_pixels, max_pixels=config.max_pixels)
@@ -620,12 +625,13 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
     # Before a checkpoint is read: the reference is the starting model, after a resume too.
     reference = copy_policy(policy) if config.beta > 0 else None
     optimizer = AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    needed = 12 * sum(p.numel() for p in policy.model.parameters())  # weights and two moments, fp32
+    size = 12 * sum(p.numel() for p in policy.model.parameters())  # weights, two moments: fp32
+    size *= 1 + min(config.keep, config.steps // config.save_every)  # one more is being written
     if folder:
         load_checkpoint(folder, policy, optimizer)
-    elif needed > shutil.disk_usage(config.out).free:
-        raise ValueError(f"a checkpoint takes {needed / 1e9:.2g} GB, --output_dir {config.out} "
-                         "has less room; make some")
+    elif size > shutil.disk_usage(config.out).free:
+        raise ValueError(f"checkpoints take {size / 1e9:.2g} GB, --output_dir {config.out} has "
+                         "less room; make some, or lower --keep")
     if is_lead():
         write_whole(config.out / "config.json", json.dumps(config.flags(), indent=1) + "\n")
         (config.out / "rollouts").mkdir(exist_ok=True)

@@ -11,7 +11,9 @@ Left out on purpose: random states. A step seeds its own (`train.seed_step`).
 import hashlib
 import json
 import os
+import re
 import shutil
+from itertools import count
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from data.files import read_json_lines, write_json_lines, write_whole
+from data.files import parse_json, read_json_lines, write_json_lines, write_whole
 from model import Policy, gather, is_lead, share_of_rank
 
 
@@ -69,20 +71,23 @@ def newest_checkpoint(out: Path, flags: dict) -> tuple[int, Path | None]:
                          "or choose another --output_dir")
     step, folder = found[-1] if found else (0, None)
     path = (folder or out) / "config.json"
-    before = json.loads(path.read_text()) if path.exists() else flags
+    before = parse_json(path.read_bytes(), path, 1) if path.exists() else flags
+    if not isinstance(before, dict) or "model" not in before:
+        raise ValueError(f"{path} holds no flags of a run; bring it back, "
+                         "or choose another --output_dir")
     if before["model"] != flags["model"]:
         raise ValueError(f"{out} is a run of --model {before['model']}, where its KL "
                          "starts; give that one")
     said = f"resumes from {folder}" if folder else f"{out} has no checkpoint: starts anew"
-    changed = [f"{name} {before.get(name)} -> {value}"
-               for name, value in sorted(flags.items() - before.items())
-               if name not in ("output_dir", "resume")]
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in sorted(flags.items())
+               if before.get(name) != value and name not in ("output_dir", "resume")]
     if changed:
         said += f"; changed, so it may be no replay: {', '.join(changed)}"
     print(said, flush=True)
     if is_lead() and path.exists():  # or no run has begun there
         for broken in damaged:
-            broken.rename(broken.with_suffix(".damaged"))
+            aside = (broken.with_suffix(f".damaged{n or ''}") for n in count())
+            broken.rename(next(path for path in aside if not path.exists()))
         _cut_back(out, step)
     dist.barrier()
     return step, folder
@@ -90,7 +95,8 @@ def newest_checkpoint(out: Path, flags: dict) -> tuple[int, Path | None]:
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint of a run, oldest first."""
-    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*[0-9]"))
+    return sorted((int(path.name[11:]), path) for path in out.glob("checkpoint-*")
+                  if re.fullmatch(r"checkpoint-\d+", path.name))
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -111,16 +117,21 @@ def _state(policy: Policy, optimizer: Optimizer) -> dict[str, dict]:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint but its manifest. Ranks share the work."""
-    names, found = gather(os.listdir(folder) if is_lead() else []), []
-    for name in share_of_rank(sorted(set(names) - {"manifest.json"})):
-        with open(folder / name, "rb") as file:
-            found.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
-    return dict(gather(found))
+    names = os.listdir(folder) if is_lead() and folder.is_dir() else []
+    found = {}
+    for name in share_of_rank(sorted(set(gather(names)) - {"manifest.json"})):
+        try:
+            with open(folder / name, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:  # a folder, or a disk that cannot read it
+            found[name] = str(error)
+    return dict(gather([*found.items()]))
 
 
 def _cut_back(out: Path, step: int) -> None:
     """Bring the folder of a run back to what it was after `step` updates."""
-    later = [path for path in (out / "rollouts").glob("step_*") if int(path.stem[5:]) > step]
+    written = [path for path in (out / "rollouts").glob("step_*") if path.stem[5:].isdigit()]
+    later = [path for path in written if int(path.stem[5:]) > step]
     for path in [*later, *out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):

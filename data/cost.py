@@ -253,7 +253,8 @@ def step_bytes(config: Qwen2_5_VLConfig, shape: Shape, *, gpus: int, micro_batch
     piece = min(PIECE / rows, max_tokens)
     patches = rows * (max_images - 1) * PATCHES  # of all images that tools made
     shard = FP32 * weights / gpus
-    return {"weights": shard, "moments": 2 * shard, "reference": shard if beta else 0.0,
+    return {"weights": shard, "moments": 2 * shard,
+            "reference": dtype * weights / gpus if beta else 0.0,
             "copy": dtype * weights, "cache": cache_bytes(config, rows, max_tokens, dtype),
             "prefill": prefill_bytes(config, rows, piece, max_tokens, patches, dtype),
             "gradients": shard,

@@ -4,11 +4,14 @@ not there, the folder of a run.
 What a row of a task file means is known to `data/tasks.py`. Left out on purpose: other formats than
 JSON.
 """
+import ctypes
 import fcntl
 import json
 import math
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -100,8 +103,12 @@ def each_row(path: str | Path, rows: list, read: Callable[[dict, int], object],
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The whole rows of a file; a last one without its line end was cut off by a kill."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    """The whole rows of a file; a last one without its line end was cut off by a kill.
+
+    Raises ValueError "file, line N: …".
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [parse_json(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
 def append_json_line(path: Path, row: dict) -> None:
@@ -157,6 +164,7 @@ def publish(beside: Path, final: Path) -> None:
     beside.rename(final)
 
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # What runs write to an --output_dir, beside checkpoints and what `holds` looks for.
 WRITTEN = {"config.json", "evaluations.jsonl", "items", "model", "predictions.json", "rollouts",
            "scores.json", "summary.json", "usage.jsonl"}
@@ -199,6 +207,9 @@ def take_folder(out: Path) -> None:
 
     The first rank makes it and keeps it locked. The others only see whether they could write there.
     """
+    if "RANK" in os.environ and sys.platform == "linux":
+        # If torchrun is killed its ranks end too, or the folder would stay taken.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         lead = os.environ.get("RANK", "0") == "0"
         if lead:

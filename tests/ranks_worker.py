@@ -183,6 +183,11 @@ def in_bfloat16(folder, frozen_head=False):
         gradients.append({name: whole_tensor(p.grad) for name, p in named if p.grad is not None})
     ours, expected, _ = gradients
     assert ours.keys() == expected.keys()
+    with patch("model.fully_shard", lambda unit, **_: fully_shard(unit, **options)), \
+            patch("model.pass_dtype", lambda device: torch.bfloat16), torch.no_grad():
+        copy = copy_policy(sharded)
+        logps.append(action_logps(copy, batch, 1.0)[0])
+    assert {p.dtype for p in copy.model.parameters()} == {torch.bfloat16}
     return {"logps": logps, "features": features, "dtypes": {g.dtype for g in ours.values()},
             "off": {name: ((ours[name] - expected[name]).norm() / expected[name].norm()).item()
                     for name in expected if expected[name].any()}}

@@ -9,10 +9,10 @@ from PIL import Image
 
 import tools as tools_module
 from data.tasks import load_tasks
-from model import encode_observation, action_logps
+from model import action_logps, encode_observation
 from reward import turn_is_valid
 from rollout import Limits, collate, instructions, replay, roll_out, rollout_row
-from tools import TOOLS, Call, CodeTool, SearchTool, Tools, action_tags, parse_action
+from tools import TOOLS, TOOLS_OFF, Call, CodeTool, SearchTool, ToolResult, Tools, action_tags, parse_action
 from train import reward_parts, rollout_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -213,3 +213,27 @@ def test_the_format_of_a_turn_knows_the_tags_that_it_is_given():
     assert turn_is_valid(ZOOM, ["zoom", "answer"]) and not turn_is_valid(ZOOM)
     assert turn_is_valid(asked) and not turn_is_valid(asked, ["zoom", "answer"])
     assert not turn_is_valid("<think> a </think><zoom> 1 </answer>", ["zoom", "answer"])
+
+
+@pytest.mark.parametrize("made, shown", [
+    (Image.new("F", (56, 40)), (56, 40)), (Image.new("CMYK", (56, 40)), (56, 40)), (Image.new("RGB", (6000, 4)), None),
+    (Image.new("RGB", (0, 9)), None)], ids=["floats", "CMYK", "a strip", "nothing"])
+def test_the_model_is_shown_any_image_in_rgb_or_told_why_not(policy, live, tmp_path, monkeypatch, made, shown):
+    """What a tool makes depends on what the model wrote: it must not end a run."""
+    made_by_tool = ToolResult(True, "", made, None, 0.0)
+    monkeypatch.setitem(TOOLS, "zoom", TOOLS["code"]._replace(run=lambda tools, calls: [made_by_tool] * len(calls)))
+    [rollout] = play(policy, [task()], {1: [ZOOM, ANSWER]}, live)
+    result = rollout.turns[0].result
+    assert rollout_row(rollout, tmp_path, "0")["turns"][0]["ok"] is (shown is not None)
+    if shown:
+        assert (result.image.size, result.image.mode, len(rollout.images)) == (shown, "RGB", 2)
+    else:
+        assert (result.error, len(rollout.images)) == ("bad_image", 1)
+        assert f"{made.width}x{made.height} pixels" in rollout.turns[0].observation
+
+
+@pytest.mark.parametrize("results", [None, [], [TOOLS_OFF] * 2])
+def test_a_tool_that_does_not_answer_each_call_is_named(policy, live, monkeypatch, results):
+    monkeypatch.setitem(TOOLS, "zoom", TOOLS["code"]._replace(run=lambda tools, calls: results))
+    with pytest.raises(RuntimeError, match="the tool 'zoom' must return a list of 1 results"):
+        play(policy, [task()], {1: [ZOOM, ANSWER]}, live)

@@ -559,7 +559,7 @@ def test_rescoring_does_not_load_torch(tmp_path):
     (["--model", "m", "--tasks", "t.json", "--max_turns", "0"],
      "--max_turns 0: must be at least 1"),
     (["--model", "m", "--tasks", "t.json", "--temperature", "nan"],
-     "--temperature nan: must be at least 0, and finite"),
+     "--temperature nan: must be from 0 to 1e6"),
     (["--model", "m", "--tasks", "t.json", "--seed", "12345678901234567890"],
      "--seed 12345678901234567890: must be at least 0 and below 2^32"),
     (["--model", "m", "--tasks", "t.json", "--api_patience", "0"],

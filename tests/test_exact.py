@@ -122,7 +122,8 @@ def ours(loss, case, logps, old_logps, ref_logps, chance):
     for group in itertools.product(range(len(SEQUENCES)), repeat=G):
         rows = list(group)
         [advantages] = group_advantages(torch.tensor([[REWARDS[i] for i in group]]), loss)
-        weights = token_weights(MASK[rows], loss, num_rollouts=G, num_tokens=int(MASK[rows].sum()), max_tokens=MAX_TOKENS)
+        weights = token_weights(MASK[rows], loss, num_rollouts=G, num_tokens=int(MASK[rows].sum()),
+                                max_action_tokens=MAX_TOKENS)
         value, sums = policy_loss(logps[rows], advantages, weights, old_logps=old_logps[rows] if other else None,
                                   ref_logps=ref_logps[rows], beta=BETA, clip_low=low, clip_high=high)
         weight = math.prod(chance[i] for i in group)
@@ -155,7 +156,7 @@ def test_ratios_leave_the_clip_range_on_both_sides_and_stay_within_it(policies):
 
 
 def test_dr_grpo_is_the_gradient_of_the_expected_reward(policies):
-    """On policy and without KL, expected over groups: (G - 1) / (G · max_tokens) of it, since its own reward is in the mean."""
+    """On policy and without KL, over groups it is (G - 1) / (G · max_action_tokens) of it: its own reward is in the mean."""
     logits, laws, _, _ = policies
     reward = sum(sum(token_logps(laws, s)).exp() * r for s, r in zip(SEQUENCES, REWARDS))  # p inside the derivative
     [wanted] = torch.autograd.grad(reward, logits, retain_graph=True)
@@ -163,7 +164,7 @@ def test_dr_grpo_is_the_gradient_of_the_expected_reward(policies):
     for group in itertools.product(range(len(SEQUENCES)), repeat=G):
         rows = list(group)
         [advantages] = group_advantages(torch.tensor([[REWARDS[i] for i in group]]), "dr_grpo")
-        weights = token_weights(MASK[rows], "dr_grpo", num_rollouts=G, num_tokens=0, max_tokens=MAX_TOKENS)
+        weights = token_weights(MASK[rows], "dr_grpo", num_rollouts=G, num_tokens=0, max_action_tokens=MAX_TOKENS)
         total = total + math.prod(chance[i] for i in group) * policy_loss(logps[rows], advantages, weights)[0]
     [gradient] = torch.autograd.grad(total, logits, retain_graph=True)
     assert (gradient + wanted * (3 - 1) / (3 * 2)).abs().max() <= 1e-6 * wanted.abs().max() and wanted.abs().max() > 0.05
@@ -177,7 +178,8 @@ def update_of(groups, loss):
     rows = [i for group in groups for i in group]
     logps = padded(table(1).log_softmax(dim=1))[rows].requires_grad_()  # (P·G, 2)
     advantages = group_advantages(torch.tensor([[REWARDS[i] for i in group] for group in groups]), loss).flatten()
-    weights = token_weights(MASK[rows], loss, num_rollouts=len(rows), num_tokens=int(MASK[rows].sum()), max_tokens=MAX_TOKENS)
+    weights = token_weights(MASK[rows], loss, num_rollouts=len(rows), num_tokens=int(MASK[rows].sum()),
+                            max_action_tokens=MAX_TOKENS)
     value, sums = policy_loss(logps, advantages, weights, old_logps=padded(table(2).log_softmax(dim=1))[rows],
                               ref_logps=padded(table(3).log_softmax(dim=1))[rows], beta=BETA)
     value.backward()
@@ -207,7 +209,7 @@ def test_equal_rewards_give_a_policy_gradient_of_exactly_zero(loss, case):
     logits = table(1).requires_grad_()
     logps = padded(logits.log_softmax(dim=1))
     advantages = group_advantages(torch.full((1, 7), 0.1 + 0.2), loss).flatten()
-    weights = token_weights(MASK, loss, num_rollouts=7, num_tokens=13, max_tokens=MAX_TOKENS)
+    weights = token_weights(MASK, loss, num_rollouts=7, num_tokens=13, max_action_tokens=MAX_TOKENS)
     old_logps = padded(table(2).log_softmax(dim=1)) if case[0] else None
     value, _ = policy_loss(logps, advantages, weights, old_logps=old_logps)
     value.backward()
@@ -220,7 +222,7 @@ def test_equal_rewards_give_a_policy_gradient_of_exactly_zero(loss, case):
 def test_a_rollout_without_action_tokens_is_counted_and_gives_no_nan(loss, filler):
     logps = torch.tensor([[-1.0, -2.0], [filler, filler]], requires_grad=True)
     mask = torch.tensor([[True, True], [False, False]])
-    weights = token_weights(mask, loss, num_rollouts=2, num_tokens=2, max_tokens=2)
+    weights = token_weights(mask, loss, num_rollouts=2, num_tokens=2, max_action_tokens=2)
     value, sums = policy_loss(logps, torch.tensor([0.5, -0.5]), weights, old_logps=logps.detach().clone(),
                               ref_logps=logps.detach().clone(), beta=BETA)
     value.backward()

@@ -261,7 +261,7 @@ RAGGED = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0
     ("dr_grpo", [[0, 1 / 30, 1 / 30, 0, 1 / 30, 1 / 30], [0, 0, 1 / 30, 0, 0, 0], [0] * 6]),
 ])
 def test_weights_of_ragged_rollouts(loss, expected):
-    weights = token_weights(RAGGED, loss, num_rollouts=3, num_tokens=5, max_tokens=10)
+    weights = token_weights(RAGGED, loss, num_rollouts=3, num_tokens=5, max_action_tokens=10)
     assert weights.dtype == torch.float32
     assert weights.flatten().tolist() == pytest.approx([w for row in expected for w in row],
                                                        rel=1e-6)
@@ -269,7 +269,7 @@ def test_weights_of_ragged_rollouts(loss, expected):
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
 def test_weights_take_their_counts_from_the_whole_update_and_not_from_the_rows_at_hand(loss):
-    counts = {"num_rollouts": 3, "num_tokens": 5, "max_tokens": 10}
+    counts = {"num_rollouts": 3, "num_tokens": 5, "max_action_tokens": 10}
     whole = token_weights(RAGGED, loss, **counts)
     assert torch.cat([token_weights(RAGGED[i:i + 1], loss, **counts)
                       for i in range(3)]).equal(whole)
@@ -278,19 +278,19 @@ def test_weights_take_their_counts_from_the_whole_update_and_not_from_the_rows_a
 def test_an_update_without_any_action_token_weighs_nothing():
     for loss in ("grpo", "dapo", "dr_grpo"):
         weights = token_weights(torch.zeros(2, 3).bool(), loss, num_rollouts=2, num_tokens=0,
-                                max_tokens=4)
+                                max_action_tokens=4)
         assert weights.tolist() == [[0.0] * 3] * 2
 
 
 def test_the_mask_is_left_as_it_was():
     mask = torch.tensor([[0.0, 1.0, 1.0]])
-    token_weights(mask, "grpo", num_rollouts=1, num_tokens=2, max_tokens=3)
+    token_weights(mask, "grpo", num_rollouts=1, num_tokens=2, max_action_tokens=3)
     assert mask.tolist() == [[0.0, 1.0, 1.0]]
 
 
 def test_an_unknown_loss_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="'gspo'.*grpo, dr_grpo, dapo"):
-        token_weights(RAGGED, "gspo", num_rollouts=3, num_tokens=5, max_tokens=10)
+        token_weights(RAGGED, "gspo", num_rollouts=3, num_tokens=5, max_action_tokens=10)
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -453,7 +453,7 @@ def whole_update(pieces, loss, side="right", extra=1, filler=0.0):
     total = []
     for piece in pieces:
         logps, old, ref, advantages, mask = padded([rows[i] for i in piece], side, extra, filler)
-        weights = token_weights(mask, loss, num_rollouts=5, num_tokens=15, max_tokens=8)
+        weights = token_weights(mask, loss, num_rollouts=5, num_tokens=15, max_action_tokens=8)
         value, sums = policy_loss(logps, advantages, weights, old_logps=old, ref_logps=ref,
                                   beta=0.04)
         value.backward()
@@ -509,7 +509,7 @@ def test_masked_tokens_get_a_gradient_of_exactly_zero(filler):
 def test_a_micro_batch_without_action_tokens_adds_exactly_zero(loss):
     logps = torch.zeros(2, 3, requires_grad=True)
     weights = token_weights(torch.zeros(2, 3).bool(), loss, num_rollouts=5, num_tokens=15,
-                            max_tokens=8)
+                            max_action_tokens=8)
     value, sums = policy_loss(logps, torch.tensor([1.0, -1.0]), weights,
                               ref_logps=torch.full((2, 3), -1.0), beta=0.04)
     value.backward()

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from model import (EncodedImage, check_model, draw, encode_image, encode_observation, encode_prompt,
+from data.model_files import check_model
+from model import (EncodedImage, draw, encode_image, encode_observation, encode_prompt,
                    encode_text, export, image_tokens, load_policy, model_inputs, sample, action_logps)
 from rollout import collate
 
@@ -642,6 +643,11 @@ def test_samples_of_one_prompt_differ_and_a_seed_repeats_them(hub, rows):
     assert len({tuple(ids) for ids, _ in first}) == 8
     assert seeded(0) == first
     assert seeded(1) != first
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(hub, rows):
+    greedy, nearly = (sample(hub, [rows["text"], rows["image"]], 6, t) for t in (0.0, 1e-46))
+    assert greedy == nearly
 
 
 def test_temperature_zero_takes_the_likeliest_token_and_reports_log_probs_at_one(hub, plain, rows):

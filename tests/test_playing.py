@@ -215,6 +215,7 @@ def test_a_folder_of_other_tasks_is_refused(alone):
     ("config.json", '{"model_type": "qwen2_5_vl"}', "holds files of others; choose another folder"),
     ("config.json", "5", "holds files of others"),
     ("predictions.json", "[]", "holds files of others"),
+    ("items.jsonl", '{"number": 0, "sample": 0}\n', "holds an evaluation without its flags"),
     ("config.json", '{"benchmark": "offline"}',
      "holds an evaluation with other flags (ask, batch_size, ")])
 def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(tmp_path, capsys, name, text,
@@ -227,15 +228,24 @@ def test_a_folder_in_use_is_named_for_what_it_is_and_left_alone(tmp_path, capsys
 
 
 def test_a_row_that_a_kill_cut_off_is_played_again(tmp_path):
-    path = tmp_path / "items.jsonl"
-    path.write_text('{"number": 0, "sample": 0, "x": 1}\n{"number": 1, "sam')
+    path, rest = tmp_path / "items.jsonl", {"sample": 0, "id": 1, "gt": ["x"], "pred_answer": None, "error": None}
+    append_rows(path, [{"number": 0, **rest, "x": 1}])
+    with open(path, "a") as file:
+        file.write('{"number": 1, "sam')
     assert list(read_items(tmp_path)) == [(0, 0)]
     drop_cut_row(path)
-    append_rows(path, [{"number": 1, "sample": 0, "x": 2}, {"number": 2, "sample": 0, "x": 3}])
+    append_rows(path, [{"number": 1, **rest, "x": 2}, {"number": 2, **rest, "x": 3}])
     drop_cut_row(path)
-    append_rows(path, [{"number": 3, "sample": 0, "x": 4}])
+    append_rows(path, [{"number": 3, **rest, "x": 4}])
     rows = {key: row["x"] for key, row in read_items(tmp_path).items()}
     assert rows == {(0, 0): 1, (1, 0): 2, (2, 0): 3, (3, 0): 4}
+
+
+@pytest.mark.parametrize("row", ["[1]", '{"number": 0}', '{"number": 0, "sample": 0, "id": 1, "gt": []}', "x", ""])
+def test_a_row_that_is_none_of_an_evaluation_is_named(tmp_path, row):
+    (tmp_path / "items.jsonl").write_text(row + "\n")
+    with pytest.raises(ValueError, match="items.jsonl, line 1: not (the row of an item; delete the line|JSON)"):
+        read_items(tmp_path)
 
 
 # ---- items that fail -----------------------------------------------------------------------------

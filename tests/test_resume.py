@@ -207,6 +207,8 @@ DAMAGES = {
                                  ["manifest.json"]),
     "manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[1]"),
                                  ["manifest.json"]),
+    "a folder among the files": (lambda folder: (folder / "more").mkdir(), ["more"]),
+    "a file in its place": (lambda folder: (shutil.rmtree(folder), folder.touch()), ["manifest.json"]),
     "nothing": (lambda folder: None, [])}
 
 
@@ -228,6 +230,46 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(run_fol
     with pytest.raises(ValueError, match=r"no checkpoint in .*run is whole; bring one back"):
         newest_checkpoint(run_folder, config(run_folder).flags())
     assert left_by(run_folder) == before
+
+
+def test_what_is_damaged_twice_is_set_aside_twice(run_folder, one_rank):
+    whole = run_folder / "checkpoint-4.whole"
+    shutil.copytree(run_folder / "checkpoint-4", whole)
+    for aside in ("checkpoint-4.damaged", "checkpoint-4.damaged1"):
+        flip_a_byte(run_folder / "checkpoint-4" / "config.json")
+        assert newest_checkpoint(run_folder, config(run_folder).flags())[0] == 2
+        assert (run_folder / aside).is_dir()
+        shutil.copytree(whole, run_folder / "checkpoint-4")
+    assert newest_checkpoint(run_folder, config(run_folder).flags())[0] == 4
+
+
+def test_what_others_left_in_the_folder_is_no_part_of_the_run(run_folder, one_rank):
+    for name in ("checkpoint-abc1", "checkpoint-7x", "rollouts/step_notes"):
+        (run_folder / name).mkdir()
+    assert newest_checkpoint(run_folder, config(run_folder).flags())[0] == 4
+    assert (run_folder / "rollouts/step_notes").exists()
+
+
+@pytest.mark.parametrize("text, words", [("[1]", "holds no flags of a run"), ('{"a": 1}', "holds no flags of a run"),
+                                         ('{"model": ', "line 1: not JSON")])
+def test_flags_that_cannot_be_read_are_named(run_folder, one_rank, text, words):
+    for _, folder in checkpoints(run_folder):
+        shutil.rmtree(folder)
+    (run_folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json.* {words}|config.json, {words}"):
+        newest_checkpoint(run_folder, config(run_folder).flags())
+
+
+def test_a_bad_row_of_metrics_is_named(run_folder, one_rank):
+    (run_folder / "metrics.jsonl").write_text('{"step": 1}\n{"step" 2}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: not JSON"):
+        newest_checkpoint(run_folder, config(run_folder).flags())
+
+
+def test_fewer_steps_than_were_done_are_refused(run_folder):
+    """Or the weights of step 4 would be evaluated and exported as those of step 3."""
+    status, output = end(start(run_folder, "--resume", steps=3), run_folder)
+    assert status == 2 and "has done 4 steps; give --steps 4 or more" in output, output
 
 
 def test_other_flags_are_said_aloud_and_another_model_is_refused(run_folder, one_rank, capsys):

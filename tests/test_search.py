@@ -739,6 +739,8 @@ def test_pages_are_read_and_the_nearest_passages_returned(serve):
     ("Snowy owls of Zürich.", "text/html", "Snowy owls of Zürich."),
     ("Snowy owl if a < b and c > d &amp; so on.", "text/plain", "Snowy owl if a < b and c > d &amp; so on."),
     ("Snowy owl &#" + "1" * 5000 + "; and &#xD800; more", "text/html", "Snowy owl"),
+    ("Snowy owls of Zürich.".encode("latin-1"), "text/html; charset='latin1'", "Snowy owls of Zürich."),
+    ("Snowy owls of Zürich.".encode("latin-1"), "text/html; charset = iso-8859-1", "Snowy owls of Zürich."),
     (b"Snowy owl \xff\xfe", "text/html; charset=utf-8", "Snowy owl \ufffd\ufffd"),
     (b"Snowy owl.", "text/html; charset*=utf-8''a; charset*0=b", "Snowy owl."),  # no charset that anyone knows
     (b"Snowy owl.", 'text/html; a="' + ";" * 30_000 + 3 * ("\r\n " + ";" * 60_000), "Snowy owl."),  # in time
@@ -1371,6 +1373,19 @@ def test_a_budget_that_cannot_be_kept_is_refused(monkeypatch, tmp_path, flags, r
     with pytest.raises(ValueError) as error:
         prepare(Config(output_dir=str(tmp_path), **flags))
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("damage", ["UPDATE passages SET text = x'00'", "DROP TABLE words"])
+def test_an_index_that_is_damaged_is_named_before_and_during_a_run(tmp_path, damage):
+    """During a run it is broken machinery, not a search that failed."""
+    path = shutil.copy(ROOT / "data/offline/corpus.sqlite", tmp_path / "index.sqlite")
+    search = SearchTool(f"sqlite:{path}")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(damage)
+    with pytest.raises(RuntimeError, match="index.sqlite is damaged .* build the index again"):
+        search.search_many(["coin of France"])
+    with pytest.raises(ValueError, match="index.sqlite is no index of a corpus"):
+        SearchTool(f"sqlite:{path}")
 
 
 def test_a_lost_search_costs_no_reward(monkeypatch):

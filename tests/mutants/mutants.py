@@ -40,7 +40,7 @@ MUTANTS = [
            "return mask / lengths.clamp(min=1) / num_rollouts", "return mask / mask.sum().clamp(min=1)",
            [f"{GRPO}::test_weights_of_ragged_rollouts"]),
     Mutant("length_in_dr_grpo", "Dr. GRPO divides by the longest rollout at hand instead of a constant", "grpo.py",
-           "return mask / (num_rollouts * max_tokens)", "return mask / (num_rollouts * mask.shape[1])",
+           "return mask / (num_rollouts * max_action_tokens)", "return mask / (num_rollouts * mask.shape[1])",
            [f"{GRPO}::test_weights_of_ragged_rollouts"]),
     Mutant("mask_in_place", "a mask edited in place changes the denominator of what comes later", "grpo.py",
            "return mask / lengths.clamp(min=1) / num_rollouts",
