@@ -528,8 +528,10 @@ def _encode_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[DynamicCache
 def _unseen_inputs(policy: Policy, sequences: list[TokenSequence],
                    prompts: list[Prompt]) -> dict[str, Tensor]:
     """`model_inputs` of what each sequence holds from the last token of its prompt on."""
-    rests = [Prompt(s.ids[len(p.ids) - 1:], s.images[len(p.images):])
-             for s, p in zip(sequences, prompts)]
+    rests = []
+    for sequence, prompt in zip(sequences, prompts):
+        ids = sequence.ids[len(prompt.ids) - 1:]
+        rests.append(Prompt(ids, sequence.images[len(prompt.images):]))
     inputs = model_inputs(policy, rests, "left")
     width = inputs["input_ids"].shape[1]
     positions = token_inputs(policy, sequences, "left")["position_ids"]  # they count from the start

@@ -147,7 +147,7 @@ MUTANTS = [
            "rollout.action_mask += [1] * len(ids)", "rollout.action_mask += [int(i != policy.end_id) for i in ids]",
            [f"{ROLLOUT}::test_the_end_token_is_part_of_the_action_and_not_of_its_text"]),
     Mutant("end_is_dropped", "the end token is sampled and left out of the sequence", "model.py",
-           "row_ids.index(policy.end_id) + 1 if", "row_ids.index(policy.end_id) if",
+           "length = row_ids.index(policy.end_id) + 1", "length = row_ids.index(policy.end_id)",
            [f"{MODEL}::test_a_row_ends_with_its_end_token_while_others_go_on"]),
     Mutant("observation_in_the_loss", "the policy is trained to write what the tools said", "rollout.py",
            "rollout.action_mask += [0] * len(ids)", "rollout.action_mask += [1] * len(ids)",
