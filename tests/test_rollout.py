@@ -471,7 +471,7 @@ def taught(model_folder, tools):
     batch = collate(policy, play(policy, tasks, chains, tools), [0.0, 0.0])
     num_tokens = int(batch.action_mask.sum())
     weights = token_weights(batch.action_mask, "dapo", num_rollouts=2, num_tokens=num_tokens,
-                            max_tokens=0)
+                            max_action_tokens=0)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=4e-3)
     for _ in range(200):
         loss = -(weights * action_logps(policy, batch, 1.0)[0]).sum()
