@@ -137,14 +137,17 @@ def make_sign(rng, glyph, panel, ink):
     return add_noise(rng, image)
 
 
-def degrade(image, kind):
-    """The sign as the model first sees it. kind: one of KINDS except "crop" (see `make_scene`)."""
-    if kind in ("rotation90", "rotation180"):
-        return image.rotate(-90 if kind == "rotation90" else 180)  # negative is clockwise
+def degrade(image, kind, contrast=0.12):
+    """The picture as the model first sees it. kind: one of KINDS except "crop" (see `make_scene`).
+
+    contrast: what is left of it in the dark and in too much light.
+    """
+    if kind in ("rotation90", "rotation180"):  # negative is clockwise
+        return image.rotate(-90 if kind == "rotation90" else 180, expand=True)
     if kind == "dark":
-        return image.point(lambda p: p * 0.12)
+        return image.point(lambda p: p * contrast)
     if kind == "overexposure":
-        return image.point(lambda p: 255 - (255 - p) * 0.12)
+        return image.point(lambda p: 255 - (255 - p) * contrast)
     if kind == "none":
         return image
     raise ValueError(f"cannot degrade a sign by {kind!r}; choose from {KINDS[:-1]}")

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
+
 from data.files import each_row, read_rows, row_id, shown
 from tools import MAX_ASPECT, open_picture, parse_action
 
@@ -63,7 +65,7 @@ def load_tasks(path: str | Path, benchmark: str | None = None,
     rows, near = read_rows(path), Path(path).with_suffix("")
     beside = [near.parent, Path(f"{near}-image"), Path(f"{near}_images")]
     folders = [Path(image_folder)] if image_folder else beside
-    check_image = cache(_check_image)  # steps share their images
+    check_image = cache(lambda path: read_image(path).size)  # steps share their images
 
     def read(row, number):
         row = {key: value for key, value in row.items()
@@ -181,12 +183,14 @@ def _find_image(row: dict, kinds: list[str], folders: list[Path]) -> str | None:
     return str(found[0].resolve())
 
 
-def _check_image(path):
-    """Read an image as the run will. Raises ValueError for one that code or model cannot use."""
+def read_image(path: str | Path) -> Image.Image:
+    """An image as the run will read it. Raises ValueError for one that code or model cannot use."""
     try:
-        width, height = open_picture(path).size
+        picture = open_picture(path)
     except ValueError as error:
         raise ValueError(f"{error}; replace it or remove the row") from None
+    width, height = picture.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"image {path} has {width}x{height} pixels: one side is over {MAX_ASPECT} "
                          "times the other, which no model reads; crop or pad it, or remove the row")
+    return picture
