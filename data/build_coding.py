@@ -39,7 +39,8 @@ from transformers.hf_argparser import string_to_bool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import each_row, read_rows, row_id, shown, write_whole  # noqa: E402
+from data.files import (each_row, nothing_left, read_rows, row_id, shown,  # noqa: E402
+                        write_whole)
 from data.tasks import read_golds, read_image  # noqa: E402
 from make_tasks import degrade  # noqa: E402
 from tools import INPUT, MIN_SIDE, OUTPUT, CodeTool, open_picture  # noqa: E402
@@ -49,7 +50,8 @@ SINGLES = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise",
 PAIRS = tuple(f"{turn}+{light}" for turn in SINGLES[:2] for light in SINGLES[2:4])
 EVEN, CROPS = SINGLES + PAIRS, 90 / 200  # kinds of equal shares; the share of crops in all items
 STRENGTHS = {  # drawn evenly between two bounds
-    "dark": (0.08, 0.2), "overexposure": (0.08, 0.2),  # contrast that is left
+    # Contrast that is left. At 1/8 rounding costs 4 levels at most, which is RESTORED.
+    "dark": (0.125, 0.2), "overexposure": (0.125, 0.2),
     "blur": (3.0, 8.0),  # radius of the Gaussian in thousandths of the shorter side
     "noise": (25.0, 50.0),  # standard deviation of the Gaussian in levels
 }
@@ -312,18 +314,18 @@ def build(rows: Path, out: Path, seed: int, heldout: float, max_pixels: int,
         raise ValueError(f"--heldout {heldout} --max_pixels {max_pixels}: must be from 0 to below "
                          f"1, and at least {MIN_SIDE ** 2}")
     cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(2 * cores) as pool:  # half of them wait for the code tool
-        items = assign(read_sources(rows, pool), seed, heldout)
+    # Half of the threads wait for the code tool. Its limit is long: what is written must not depend
+    # on how busy the machine is.
+    with (nothing_left(out.parent), CodeTool(cores, timeout=60.0, unlocked=code_unlocked) as tool,
+          ThreadPoolExecutor(2 * cores) as pool):
         beside.mkdir(parents=True)
         try:
-            # A long limit: what is written must not depend on how busy the machine is.
-            with CodeTool(cores, timeout=60.0, unlocked=code_unlocked) as tool:
-                make = partial(make_item, folder=beside, tool=tool, seed=seed,
-                               max_pixels=max_pixels)
-                summary = write_parts(beside, items, make, pool)
+            items = assign(read_sources(rows, pool), seed, heldout)
+            make = partial(make_item, folder=beside, tool=tool, seed=seed, max_pixels=max_pixels)
+            summary = write_parts(beside, items, make, pool)
             beside.rename(out)
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # of a build that ends early
             shutil.rmtree(beside, ignore_errors=True)
     return summary
 
