@@ -86,7 +86,9 @@ class Source(NamedTuple):
     @property
     def names_its_box(self) -> bool:
         """Whether the question holds the box, which would be wrong in a picture that is turned."""
-        return self.box is not None and str(self.box) in self.question
+        if self.box is None:
+            return False
+        return str(self.box).replace(" ", "") in self.question.replace(" ", "")
 
     @property
     def box_in_pixels(self) -> list[int]:
@@ -168,9 +170,9 @@ def assign(sources: list[Source], seed: int, heldout: float) -> list[Item]:
         possible = sum(source.can_be_cropped for source in mine)
         num_crops = max(sum(source.names_its_box for source in mine),
                         min(round(CROPS * len(mine)), possible))
-        others = rng.sample(mine[num_crops:], len(mine) - num_crops)
         items += [Item(source, part, "crop") for source in mine[:num_crops]]
-        items += [Item(source, part, EVEN[i % len(EVEN)]) for i, source in enumerate(others)]
+        items += [Item(source, part, EVEN[i % len(EVEN)])
+                  for i, source in enumerate(mine[num_crops:])]
     return sorted(items, key=lambda item: item.source.number)
 
 
@@ -241,8 +243,7 @@ def make_item(item: Item, folder: Path, tool: CodeTool, seed: int, max_pixels: i
     rng, original = random.Random(f"{seed}-{source.number}"), open_picture(source.path)
     scale = math.sqrt(max_pixels / math.prod(source.size))
     if scale < 1 and not is_crop:
-        original = original.resize([max(1, int(scale * side)) for side in source.size],
-                                   reducing_gap=2.0)  # twice as fast for photographs
+        original = original.resize([max(1, int(scale * side)) for side in source.size])
     parameters = draw_parameters(item, original.size, rng)
     first, repair = spoil(original, parameters, rng.getrandbits(32)), repair_of(parameters)
     if is_crop:
@@ -286,8 +287,9 @@ def write_parts(folder: Path, items: list[Item], make: Callable[[Item], dict],
     for part in parts:
         lines = [json.dumps(row, ensure_ascii=False) for item, row in kept if item.part == part]
         if not lines:
-            raise ValueError(f"no item is left for {part}.json, the first for: row "
-                             f"{left_out[0]['row']}, {left_out[0]['reason']}; give more rows")
+            first = next(row for item, row in zip(items, made) if item.part == part)
+            raise ValueError(f"no item is left for {part}.json; in row {first['row']} "
+                             f"{first['reason']}; give more rows")
         write_whole(folder / f"{part}.json", "[\n" + ",\n".join(lines) + "\n]\n")
     for kind in (*EVEN, "crop"):
         rows = [(item.part, row["error"]) for item, row in kept if item.kind == kind]
@@ -306,7 +308,7 @@ def build(rows: Path, out: Path, seed: int, heldout: float, max_pixels: int,
 
     The folder gets its name when all of it is there. Raises ValueError for what the user can mend.
     """
-    beside = out.with_name(f"{out.name}.tmp")
+    beside = Path(f"{out}.tmp")
     for path in (out, beside):
         if path.exists():
             raise ValueError(f"{path} is there already; remove it, or give another -o")
