@@ -9,9 +9,9 @@ is trained on. Sources: "paper" is Visual-ARFT, arXiv 2505.14246; "released code
 published with it. Where the two differ, or we depart from both, the function says so. There is
 nothing to run here: train.py and evaluate.py call it.
 
-Left out on purpose: learned rewards and sentence embeddings (nothing is loaded); the released
-code's maths verifier for search answers, which credits a matching number anywhere; eval (text is
-only matched, never run).
+Left out on purpose: learned rewards; sentence embeddings (data/similarity.py); the released code's
+maths verifier for search answers, which credits a matching number anywhere; eval (text is only
+matched, never run).
 """
 import re
 import string
@@ -34,7 +34,7 @@ STEP_PARTS = {
 }
 STEP_WEIGHTS = dict.fromkeys(["format", *STEP_PARTS.values()], 1.0)
 TAGS = tuple(STEP_PARTS)  # of actions; with a tool added, callers pass `tools.action_tags()`
-MIN_QUERY_F1 = 0.5  # a query less like the gold one earns nothing (released code, for a cosine)
+MIN_SIMILARITY = 0.5  # a query less like the gold one earns nothing (released code)
 
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -185,21 +185,23 @@ def _found(golds: Sequence[str], evidence: Sequence[str]) -> float:
 
 
 def step_reward(text: str, kind: str | None, content: str, gold_kind: str, gold_content: str, *,
-                golds: Sequence[str] | None = None, tags: Sequence[str] = TAGS
-                ) -> dict[str, float]:
+                golds: Sequence[str] | None = None,
+                similarity: float | None = None,
+                min_similarity: float = MIN_SIMILARITY,
+                tags: Sequence[str] = TAGS) -> dict[str, float]:
     """Score one action against the gold action of its step, as the released code does.
 
     The parts are "format" and the one of the gold action's kind:
 
         answer   -> accuracy  F1 against golds, or against gold_content without them
-        search   -> search    F1 of the words of the two queries, 0 below 0.5
+        search   -> search    how alike the two queries are, 0 below min_similarity
         problem  -> problem   problem_score
         code     -> code      1 for any code block: its content is not supervised (paper)
         a tool of your own    as code
 
     `text` is the whole turn, `kind` and `content` its action; an action of another kind than
-    gold_kind earns 0. The paper and the released code compare queries by the cosine of sentence
-    embeddings; we have no model for that and compare words. The released code pays 0.9 for code,
+    gold_kind earns 0. `similarity` is the cosine of the queries' sentence embeddings (paper,
+    released code); without it, the F1 of their words is taken. The released code pays 0.9 for code,
     even to a turn without any. Raises ValueError for an unknown gold_kind.
     """
     if gold_kind not in tags:
@@ -209,8 +211,8 @@ def step_reward(text: str, kind: str | None, content: str, gold_kind: str, gold_
     elif kind == "answer":
         value = f1_score(content, golds or [gold_content])
     elif kind == "search":
-        f1 = f1_score(content, [gold_content])
-        value = f1 if f1 >= MIN_QUERY_F1 else 0.0
+        likeness = f1_score(content, [gold_content]) if similarity is None else similarity
+        value = likeness if likeness >= min_similarity else 0.0
     elif kind == "problem":
         value = problem_score(problem_labels(content), problem_labels(gold_content))
     else:

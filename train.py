@@ -43,13 +43,15 @@ from data.files import (append_json_line, holds, nothing_left, publish, read_jso
                         take_folder, write_json_lines, write_whole)
 from data.flags import fail, flag, parse_flags
 from data.model_files import check_model
-from data.tasks import describe, load_tasks
+from data.plan import show_plan
+from data.similarity import Similarity, load_similarity
+from data.tasks import describe, load_task_files, load_tasks
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, action_logps, all_reduce, clock,
                    copy_policy, export, gather, gathered, is_lead, load_policy,
                    share_of_rank, start_ranks)
-from reward import (STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match, parse_weights, step_reward,
-                    weighted_sum)
+from reward import (MIN_SIMILARITY, STEP_WEIGHTS, WEIGHTS, episode_reward, exact_match,
+                    parse_weights, step_reward, weighted_sum)
 from rollout import (Limits, Rollout, collate, micro_batches, opening_error, roll_out,
                      rollout_row)
 from tools import CodeTool, SearchTool, Tools, action_tags, parse_action
@@ -57,9 +59,9 @@ from tools import CodeTool, SearchTool, Tools, action_tags, parse_action
 # Numbers given as flags are above 0 and finite, but for these bounds.
 LEAST = {"group_size": 2, "temperature": 1e-6, "lr_decay": 0, "seed": 0, "beta": 0,
          "search_pages": 0, "search_budget": 0, "code_workers": 0, "eval_every": 0,
-         "eval_limit": 0, "eval_temperature": 0}
+         "eval_limit": 0, "eval_temperature": 0, "min_similarity": 0}
 MOST = {"lr_decay": 1, "seed": 2**32 - 1, "temperature": 1e6, "eval_temperature": 1e6,
-        "code_workers": 1024, "code_timeout": 1e6}
+        "code_workers": 1024, "code_timeout": 1e6, "min_similarity": 1}
 
 
 @dataclass
@@ -67,7 +69,8 @@ class Config:
     """The flags. The defaults are the laptop run; the README has the ones of 3B and 7B."""
     model: str = flag("data/model", "hub name (Qwen/Qwen2.5-VL-3B-Instruct, -7B-) or local folder")
     tasks: str = flag(
-        "data/offline/train.json", "training tasks: MAT's JSON, FlashRAG's jsonl, or step rows")
+        "data/offline/train.json", "training tasks: MAT's JSON, FlashRAG's jsonl, or step "
+        "rows; several files with commas between")
     eval_tasks: str = flag(
         "data/offline/heldout.json", "held-out tasks, same formats; empty: no evaluation")
     corpus: str = flag(
@@ -116,6 +119,11 @@ class Config:
         "", "weights of reward parts, like accuracy=1,problem=0.5; others keep their default: "
         "in an episode format=1,accuracy=1,problem=0,tools=0,search=0; "
         "in a step format=1,accuracy=1,search=1,code=1,problem=1")
+    similarity: str = flag(
+        "", "sentence model, hub name or folder (all-MiniLM-L6-v2), by whose cosine --mode step "
+        "compares queries; empty: by the F1 of their words")
+    min_similarity: float = flag(
+        MIN_SIMILARITY, "a query less like the gold one earns nothing (--mode step)")
     gradient_checkpointing: bool = flag(
         False, "recompute activations in the backward pass to save memory")
     min_pixels: int = flag(MIN_PIXELS, "of an image after resizing")
@@ -137,6 +145,7 @@ class Config:
         10, "updates between written rollouts; the first and the last are always written")
     resume: bool = flag(
         False, "go on from the newest whole checkpoint in output_dir, or start if there is none")
+    dry_run: bool = flag(False, "print what the run would be, and end: nothing is written")
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -148,6 +157,9 @@ class Config:
                                  + (f" and at most {most}" if name in MOST else ""))
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"--max_pixels {self.max_pixels}: must be at least --min_pixels")
+        if self.similarity and self.mode == "episode":
+            raise ValueError(f"--similarity {self.similarity}: only --mode step compares queries; "
+                             "leave it out")
         self.reward_weights()
 
     def reward_weights(self) -> dict[str, float]:
@@ -172,7 +184,8 @@ class Config:
 
 
 def main(config: Config, tasks: list[dict], held_out: list[dict], search: SearchTool,
-         policy: Policy, reference: Policy | None, optimizer: Optimizer, first: int) -> str | None:
+         policy: Policy, reference: Policy | None, optimizer: Optimizer, first: int,
+         similarity: Similarity | None) -> str | None:
     """Train from step `first`, counted from 0, to the last; then export the model.
 
     The arguments are what `prepare` and `load` return.
@@ -204,7 +217,9 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                 return f"before step {step + 1}: {reason}"
 
             # 3. reward
-            parts = [reward_parts(rollout, config.mode) for rollout in rollouts]
+            alike = query_similarities(rollouts, similarity)
+            parts = [reward_parts(rollout, config.mode, each, config.min_similarity)
+                     for rollout, each in zip(rollouts, alike)]
             rewards = [weighted_sum(each, config.reward_weights()) for each in parts]
 
             # 4. advantages, among the G samples of a prompt, which stand side by side
@@ -317,14 +332,35 @@ def seed_step(seed: int, step: int) -> None:
 
 
 # ---- 3. reward -----------------------------------------------------------------------------------
-def reward_parts(rollout: Rollout, mode: str) -> dict[str, float]:
-    """The named parts of the reward, each within 0 and 1; mode: "episode" or "step"."""
+def query_similarities(rollouts: list[Rollout], similarity: Similarity | None
+                       ) -> list[float | None]:
+    """How alike each rollout's query and the gold query of its step are, all compared at once.
+
+    None without a sentence model; without meaning where one of the two is no query.
+    """
+    if similarity is None:
+        return [None] * len(rollouts)
+    pairs = []
+    for rollout in rollouts:
+        action, gold = rollout.turns[0].action, parse_action(rollout.task["solution"])
+        are_queries = action.kind == gold.kind == "search"
+        pairs.append((action.content, gold.content) if are_queries else ("", ""))
+    return similarity(pairs)
+
+
+def reward_parts(rollout: Rollout, mode: str, similarity: float | None = None,
+                 min_similarity: float = MIN_SIMILARITY) -> dict[str, float]:
+    """The named parts of the reward, each within 0 and 1; mode: "episode" or "step".
+
+    similarity: of the step's query and its gold one, where they were compared.
+    """
     task, turns = rollout.task, rollout.turns
     if mode == "step":
         action, gold = turns[0].action, parse_action(task["solution"])
         kind = None if rollout.stop == "length" else action.kind  # a turn cut off is no action
         return step_reward(turns[0].text, kind, action.content, gold.kind, gold.content,
-                           golds=task["answers"], tags=action_tags())
+                           golds=task["answers"], similarity=similarity,
+                           min_similarity=min_similarity, tags=action_tags())
     is_coding = task["family"] == "coding"
     problems = [turn.action.content for turn in turns if turn.action.kind == "problem"]
     calls = [turn for turn in turns if turn.result is not None and not turn.result.lost]
@@ -574,10 +610,11 @@ def finish(policy: Policy, config: Config, seconds: float) -> None:
 
 
 # ---- start ---------------------------------------------------------------------------------------
-def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
+def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool | None]:
     """Check what can be checked before a model is loaded, and take the output folder.
 
-    Returns (training tasks, held-out tasks, search tool). Raises ValueError, before ranks meet.
+    Returns (training tasks, held-out tasks, search tool); a dry run needs no tool and takes no
+    folder. Raises ValueError, before ranks meet.
     """
     check_model(config.model)
     what, world = holds(config.out), int(os.environ.get("WORLD_SIZE", 1))
@@ -588,10 +625,12 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
     if config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide "
                          f"among {world} ranks")
-    tasks = load_tasks(config.tasks, mode=config.mode)
+    tasks = load_task_files(config.tasks, config.mode)
     held_out = load_tasks(config.eval_tasks, mode="episode") if config.eval_tasks else []
     if 0 < config.eval_limit < len(held_out):  # drawn: the first ones in a file are of one family
         held_out = random.Random(0).sample(held_out, config.eval_limit)
+    if config.dry_run:
+        return tasks, held_out, None
     search = SearchTool(config.corpus, config.topk, pages=config.search_pages,
                         cache=config.search_cache, budget=config.search_budget)
     if os.environ.get("RANK", "0") == "0":
@@ -605,8 +644,9 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool]:
 
 
 def load(config: Config, tasks: list[dict], held_out: list[dict]
-         ) -> tuple[Policy, Policy | None, Optimizer, int]:
-    """Join the other ranks; returns (policy, reference if there is a KL, optimizer, updates done).
+         ) -> tuple[Policy, Policy | None, Optimizer, int, Similarity | None]:
+    """Join the other ranks; returns (policy, reference if there is a KL, optimizer, updates done,
+    sentence model if there is one).
 
     Whatever a user can mend fails here at the latest, with ValueError or OSError.
     """
@@ -618,6 +658,7 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
         first, folder = newest_checkpoint(config.out, config.flags())
     if first > config.steps:
         raise ValueError(f"{config.out} has done {first} steps; give --steps {first} or more")
+    similarity = load_similarity(config.similarity) if config.similarity else None
     policy = load_policy(
         config.model, shard=True, gradient_checkpointing=config.gradient_checkpointing,
         min_pixels=config.min_pixels, max_pixels=config.max_pixels)
@@ -638,7 +679,7 @@ def load(config: Config, tasks: list[dict], held_out: list[dict]
     print(f"{config.model} on {dist.get_world_size()} x {policy.device.type}: {describe(tasks)}, "
           f"{len(held_out)} held out, {config.steps} steps of {config.prompts_per_step} x "
           f"{config.group_size} rollouts; see {config.out}")
-    return policy, reference, optimizer, first
+    return policy, reference, optimizer, first, similarity
 
 
 def check_tasks(policy: Policy, tasks: list[dict], held_out: list[dict], config: Config) -> None:
@@ -666,6 +707,9 @@ def run() -> int | str:
             config.resume = True
         with nothing_left(config.out):
             tasks, held_out, search = prepare(config)
+            if config.dry_run:
+                show_plan(config, tasks, held_out)
+                return 0
             loaded = load(config, tasks, held_out)
     except (OSError, ValueError) as error:  # whatever is raised later keeps its traceback
         return fail(error)

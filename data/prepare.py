@@ -7,10 +7,11 @@ FOLDER is the download, the folder in it that holds the benchmark's file, or tha
 and images are read by `load_tasks` of data/tasks.py. What is missing or wrong is named by file,
 image and row, and the exit status is 2.
 
-FILE is for `evaluate.py --benchmark NAME --data FILE`, or `train.py --mode step --tasks FILE`. Its
-rows have the keys id, family, question (of a training step: problem and solution), answers,
-image_path, type and split. Image paths are relative to FILE where the images lie below its folder,
-so that the folder can be moved. Left out on purpose: downloading.
+FILE is for `evaluate.py --benchmark NAME --data FILE`, or `train.py --tasks FILE`, where --mode
+step takes training steps as they are and --mode episode joins them to whole questions. Its rows
+have the keys id, family, question (of a training step: problem and solution), answers, image_path,
+type and split. Image paths are relative to FILE where the images lie below its folder, so that the
+folder can be moved. Left out on purpose: downloading.
 """
 import argparse
 import json

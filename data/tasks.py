@@ -14,6 +14,7 @@ from typing import Literal
 from PIL import Image
 
 from data.files import each_row, read_rows, row_id, shown
+from data.steps import join_steps
 from tools import MAX_ASPECT, open_picture, parse_action
 
 Benchmark = Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle",
@@ -55,8 +56,9 @@ def load_tasks(path: str | Path, benchmark: str | None = None,
         solution  the gold turn of a step, else None
     Images lie in image_folder, or else beside the file, in its `<stem>-image` or `<stem>_images`.
     With a benchmark, rows are taken as published: one of MAT-Search has an empty gold, which is
-    refused otherwise. limit keeps the first tasks. mode refuses what cannot be trained on in it:
-    "episode" a row without an answer, "step" a row without a gold action.
+    refused otherwise. limit keeps the first rows. mode refuses what cannot be trained on in it:
+    "episode" a row without an answer, "step" a row without a gold action. "episode" joins the steps
+    of one question to one task (data/steps.py).
     Raises ValueError "file, row N: reason; way out", with N from 1; or, given a dict of problems,
     puts the error of each bad row into it under N and leaves the row out.
     """
@@ -77,7 +79,19 @@ def load_tasks(path: str | Path, benchmark: str | None = None,
         split = split_of(row, number, len(rows), benchmark)
         return {**task, "split": task["family"] if benchmark == "offline" else split}
 
-    return each_row(path, rows[:limit], read, problems)
+    tasks = each_row(path, rows[:limit], read, problems)
+    return join_steps(path, tasks) if mode == "episode" else tasks
+
+
+def load_task_files(paths: str, mode: Literal["episode", "step"]) -> list[dict]:
+    """The tasks of one file, or of several with commas between, whose names then begin the ids.
+
+    A file that is named twice is seen twice as often. Raises ValueError as `load_tasks` does.
+    """
+    if "," not in paths or Path(paths).is_file():
+        return load_tasks(paths, mode=mode)
+    return [{**task, "id": f"{Path(path).stem}: {task['id']}"} for path in paths.split(",")
+            for task in load_tasks(path, mode=mode)]
 
 
 def describe(tasks: list[dict]) -> str:
@@ -113,6 +127,8 @@ def _task(row: dict, number: int, folders: list[Path], blank_allowed: bool) -> d
         answers = []  # the gt of one of MAT's early steps is not the answer to the question
     else:
         answers = read_golds(row, key, blank_allowed)
+        if is_step:  # MAT's gt is the whole gold turn
+            answers = [_unwrapped(text) for text in answers]
     image = _find_image(row, kinds, folders)
     is_coding = row.get("processed_image_path") or (image and CODING_TYPES.intersection(kinds))
     family = row.get("family") or FAMILIES[bool(is_coding)]
@@ -122,11 +138,14 @@ def _task(row: dict, number: int, folders: list[Path], blank_allowed: bool) -> d
             "image": image, "type": kinds, "solution": solution}
 
 
+def _unwrapped(text: str) -> str:
+    """The answer in a text that is a whole turn; any other text as it is."""
+    action = parse_action(text)
+    return action.content if action.kind == "answer" and action.content else text
+
+
 def _check_mode(task: dict, mode: str | None) -> None:
-    """ValueError for a task that cannot be trained on in this mode."""
-    if mode == "episode" and not task["answers"]:
-        raise ValueError('has no answer, by which an episode is scored; add "answers": ["…"], '
-                         "or train with --mode step")
+    """ValueError for a row that cannot be trained on in this mode."""
     if mode == "step" and task["solution"] is None:
         raise ValueError("--mode step needs a solution in every row; "
                          'add "solution": "<think>…</think><answer>…</answer>"')

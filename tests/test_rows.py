@@ -154,10 +154,8 @@ def test_a_smaller_limit_scores_fewer_items_and_loses_none(load, tmp_path, polic
 # ---- modes
 
 @pytest.mark.parametrize("row, mode, reason", [
-    (STEP, "episode",
-     'has no answer, by which an episode is scored; add "answers": ["…"], '
-     "or train with --mode step"),
-    ({**STEP, "solution": "<think>t</think><code>x</code>", "gt": "y"}, "episode", "has no answer"),
+    ({**STEP, "solution": "<think>t</think><code>x</code>", "gt": "y"}, "episode",
+     "no step has the answer"),
     (TEXT, "step", "--mode step needs a solution in every row"),
     ({**STEP, "solution": "<think>t</think>"}, "step", "solution must hold one action"),
     ({**STEP, "solution": "<answer> </answer>"}, "step", "solution must hold one action"),
