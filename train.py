@@ -217,9 +217,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
                 return f"before step {step + 1}: {reason}"
 
             # 3. reward
-            alike = query_similarities(rollouts, similarity)
-            parts = [reward_parts(rollout, config.mode, each, config.min_similarity)
-                     for rollout, each in zip(rollouts, alike)]
+            parts = all_reward_parts(rollouts, config, similarity)
             rewards = [weighted_sum(each, config.reward_weights()) for each in parts]
 
             # 4. advantages, among the G samples of a prompt, which stand side by side
@@ -332,14 +330,21 @@ def seed_step(seed: int, step: int) -> None:
 
 
 # ---- 3. reward -----------------------------------------------------------------------------------
-def query_similarities(rollouts: list[Rollout], similarity: Similarity | None
-                       ) -> list[float | None]:
-    """How alike each rollout's query and the gold query of its step are, all compared at once.
+def all_reward_parts(rollouts: list[Rollout], config: Config, similarity: Similarity | None
+                     ) -> list[dict[str, float]]:
+    """`reward_parts` of each rollout; a sentence model, if any, compares all queries at once."""
+    alike = [None] * len(rollouts)
+    if similarity is not None:
+        alike = query_similarities(rollouts, similarity)
+    return [reward_parts(rollout, config.mode, each, config.min_similarity)
+            for rollout, each in zip(rollouts, alike, strict=True)]
 
-    None without a sentence model; without meaning where one of the two is no query.
+
+def query_similarities(rollouts: list[Rollout], similarity: Similarity) -> list[float]:
+    """How alike each rollout's query and the gold query of its step are.
+
+    Without meaning where one of the two is no query.
     """
-    if similarity is None:
-        return [None] * len(rollouts)
     pairs = []
     for rollout in rollouts:
         action, gold = rollout.turns[0].action, parse_action(rollout.task["solution"])

@@ -3,6 +3,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def _run_script(script, args, environment, output, errors):
     for file, number in ((output, 1), (errors, 2)):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     os.chdir(ROOT)
     os.environ.update({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count()), **environment})
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from data.similarity import embed, load_similarity
 from reward import step_reward
 from rollout import Rollout, Turn
 from tools import parse_action
-from train import query_similarities, reward_parts
+from train import Config, all_reward_parts, query_similarities, reward_parts
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] rome paris capital of france the in year built harbour".split()
 
@@ -111,7 +111,7 @@ def test_a_query_earns_its_cosine_to_the_gold_one_or_nothing_below_the_threshold
     cosine = similarity([("rome", "capital of france")])[0]
     assert alike[:2] == [pytest.approx(1.0, abs=1e-6), pytest.approx(cosine, abs=1e-6)]
     assert alike[2:4] == [pytest.approx(1.0, abs=1e-6)] * 2  # of two empty texts: no answer and no code is read
-    parts = [reward_parts(rollout, "step", each, cosine - 0.01) for rollout, each in zip(rollouts, alike)]
+    parts = all_reward_parts(rollouts, Config(mode="step", similarity="x", min_similarity=cosine - 0.01), similarity)
     assert [list(part) for part in parts] == [["format", name] for name in ("search", "search", "accuracy", "search", "search")]
     assert [part[[*part][1]] for part in parts[:4]] == [pytest.approx(1, abs=1e-6), pytest.approx(cosine, abs=1e-6), 0.0, 0.0]
     assert reward_parts(rollouts[1], "step", alike[1], cosine + 0.01)["search"] == 0.0
@@ -119,8 +119,8 @@ def test_a_query_earns_its_cosine_to_the_gold_one_or_nothing_below_the_threshold
 
 def test_without_a_model_words_are_compared():
     rollout = search("capital of spain")  # two of three words
-    assert query_similarities([rollout], None) == [None]
     assert reward_parts(rollout, "step")["search"] == pytest.approx(2 / 3)
+    assert all_reward_parts([rollout], Config(mode="step"), None) == [reward_parts(rollout, "step")]
     assert reward_parts(rollout, "step", None, 0.7)["search"] == 0.0
     text = rollout.turns[0].text
     assert step_reward(text, "search", "a b", "search", "c d", similarity=0.75) == {"format": 1.0, "search": 0.75}
