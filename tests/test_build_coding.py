@@ -127,6 +127,7 @@ def test_every_item_needs_its_repair_and_is_repaired_by_it(made):
     assert set(kinds) == {*SINGLES, *PAIRS, "crop"}
 
 
+@pytest.mark.thorough
 def test_the_parameters_of_an_item_are_those_of_its_degradation(made):
     out, _, _, _ = made
     for part, row in written(out):
@@ -156,6 +157,7 @@ def test_the_parameters_of_an_item_are_those_of_its_degradation(made):
         assert error_of(first, expected) == 0 and first.size == expected.size
 
 
+@pytest.mark.thorough
 def test_noise_has_the_deviation_that_is_said():
     grey = Image.new("RGB", (200, 200), (128, 128, 128))
     noise = np.asarray(spoil(grey, {"noise": 25.0}, 0), float) - 128  # no pixel is clipped: over five deviations
@@ -164,6 +166,7 @@ def test_noise_has_the_deviation_that_is_said():
     assert error_of(spoil(grey, {"noise": 25.0}, 0), spoil(grey, {"noise": 25.0}, 1)) > 10
 
 
+@pytest.mark.thorough
 def test_strengths_fill_their_bounds():
     item = build_coding.Item(source(1), "train", "rotation90+dark")
     drawn = [draw_parameters(item, SIZE, random.Random(seed)) for seed in range(300)]
@@ -172,6 +175,7 @@ def test_strengths_fill_their_bounds():
     assert 0.125 <= min(contrasts) < 0.127 and 0.198 < max(contrasts) <= 0.2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["dark", "overexposure"])
 def test_contrast_always_comes_back(kind):
     """However flat a picture is, as pages of text are: no level is off by more than the bound of an item."""
@@ -182,6 +186,7 @@ def test_contrast_always_comes_back(kind):
             assert np.abs(np.asarray(repaired, int) - np.asarray(levels, int)).max() <= 4
 
 
+@pytest.mark.thorough
 def test_same_seed_same_bytes_whatever_the_machine_does_beside(made, tmp_path):
     out, _, rows, folder = made
     build(write_rows(folder, rows.values()), tmp_path / "again", **FLAGS)
@@ -191,6 +196,7 @@ def test_same_seed_same_bytes_whatever_the_machine_does_beside(made, tmp_path):
     assert filecmp.cmpfiles(out, tmp_path / "again", names, shallow=False)[1:] == ([], [])
 
 
+@pytest.mark.thorough
 def test_another_seed_gives_other_parts_kinds_strengths_and_noise():
     sources = [source(i) for i in range(100)]
     items = [assign(sources, seed, heldout=0.2) for seed in (0, 1)]
@@ -199,6 +205,7 @@ def test_another_seed_gives_other_parts_kinds_strengths_and_noise():
     assert draw_parameters(noisy, SIZE, random.Random("0-1")) != draw_parameters(noisy, SIZE, random.Random("1-1"))
 
 
+@pytest.mark.thorough
 def test_the_summary_counts_what_is_there(made):
     out, summary, rows, _ = made
     assert json.loads((out / "summary.json").read_text("utf-8")) == summary
@@ -215,29 +222,34 @@ def kinds_of(items, part="train"):
     return Counter(item.kind for item in items if item.part == part)
 
 
+@pytest.mark.thorough
 def test_with_boxes_the_proportions_are_mats():
     items = assign([source(i, box=[0, 0, 500, 500]) for i in range(200)], seed=0, heldout=0.0)
     assert kinds_of(items) == {**dict.fromkeys(SINGLES + PAIRS, 10), "crop": 90}
     assert [item.source.number for item in items] == list(range(200))
 
 
+@pytest.mark.thorough
 def test_both_parts_have_the_proportions():
     items = assign([source(i, box=[0, 0, 500, 500]) for i in range(400)], seed=0, heldout=0.5)
     for part in ("train", "heldout"):
         assert kinds_of(items, part) == {**dict.fromkeys(SINGLES + PAIRS, 10), "crop": 90}
 
 
+@pytest.mark.thorough
 def test_without_boxes_the_others_share_evenly():
     items = assign([source(i) for i in range(110)], seed=0, heldout=0.0)
     assert kinds_of(items) == dict.fromkeys(SINGLES + PAIRS, 10)
 
 
+@pytest.mark.thorough
 def test_few_boxes_are_all_cropped():
     items = assign([source(i, box=[0, 0, 500, 500] if i < 20 else None) for i in range(130)], seed=0, heldout=0.0)
     assert kinds_of(items) == {**dict.fromkeys(SINGLES + PAIRS, 10), "crop": 20}
     assert {item.source.number for item in items if item.kind == "crop"} == set(range(20))
 
 
+@pytest.mark.thorough
 def test_a_box_too_small_for_the_code_tool_is_no_crop():
     wide, narrow = [0, 0, 292, 400], [0, 0, 291, 400]  # of 96 x 72: 28 x 28 and 27 x 28 pixels
     for box, is_crop in ((wide, True), (narrow, False)):
@@ -245,6 +257,7 @@ def test_a_box_too_small_for_the_code_tool_is_no_crop():
         assert ("crop" in kinds) == is_crop
 
 
+@pytest.mark.thorough
 def test_a_question_that_names_its_box_is_only_cropped():
     """Turned, its box would be elsewhere."""
     questions = ["Read [0, 0, 500, 500].", "Read [0,0,500,500]."] * 15
@@ -255,6 +268,7 @@ def test_a_question_that_names_its_box_is_only_cropped():
     assert kinds_of(items) == {**dict.fromkeys(SINGLES + PAIRS, 1), "crop": 30}
 
 
+@pytest.mark.thorough
 def test_kinds_do_not_depend_on_having_a_box():
     """Or a policy could tell from the kind of picture what is wrong with it."""
     sources = [source(i, [0, 0, 500, 500] if i % 3 else None) for i in range(660)]  # 440 boxes, of which 297 are crops
@@ -263,6 +277,7 @@ def test_kinds_do_not_depend_on_having_a_box():
     assert boxed == dict.fromkeys(EVEN, 13)
 
 
+@pytest.mark.thorough
 def test_parts_share_no_picture_by_content(tmp_path):
     """The same pixels under another name, in another format and another mode are one picture."""
     rows = []
@@ -282,6 +297,7 @@ def test_parts_share_no_picture_by_content(tmp_path):
         assert sorted(map(sorted, parts.values())) == [["heldout"]] * 2 + [["train"]] * 4
 
 
+@pytest.mark.thorough
 def test_pictures_of_the_same_bytes_and_another_shape_differ(tmp_path):
     for name, size in (("wide", (40, 30)), ("high", (30, 40))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
@@ -291,6 +307,7 @@ def test_pictures_of_the_same_bytes_and_another_shape_differ(tmp_path):
 
 # ---- what is left out ----------------------------------------------------------------------------
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind, degraded, repaired, is_kept", [
     ("rotation90", 4.01, 1.0, True), ("rotation90", 4.0, 0.0, False), ("crop", 50.0, 0.0, True),
     ("dark", 60.0, 4.0, True), ("dark", 60.0, 4.01, False), ("dark", 12.0, 3.0, True), ("dark", 12.0, 3.01, False),
@@ -301,6 +318,7 @@ def test_what_is_kept(kind, degraded, repaired, is_kept):
     assert (objection(kind, degraded, repaired) == "") == is_kept
 
 
+@pytest.mark.thorough
 def test_a_picture_that_shows_no_degradation_is_left_out(tmp_path):
     """A grey one is the same when it is turned or blurred; a black one cannot be darker."""
     rows = []
@@ -323,6 +341,7 @@ def test_a_picture_that_shows_no_degradation_is_left_out(tmp_path):
                      for key in ("ori_image_path", "processed_image_path")}  # nothing of what is left out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("repair, reason", [
     ("image = image.point(lambda p: p / {0} / 2)", "the error is"), ("image = image.rotate(", "SyntaxError"),
     ("image = image.resize((10, 10))", "too small")])
@@ -335,6 +354,7 @@ def test_an_item_whose_repair_does_not_work_is_left_out(tmp_path, monkeypatch, r
     assert summary["kinds"]["overexposure"]["train"] > 0
 
 
+@pytest.mark.thorough
 def test_a_part_without_items_is_an_error(tmp_path):
     rows = []
     for i in range(2):
@@ -347,6 +367,7 @@ def test_a_part_without_items_is_an_error(tmp_path):
 
 # ---- crops, turned and large pictures ------------------------------------------------------------
 
+@pytest.mark.thorough
 def test_the_box_of_a_crop_stands_in_the_question_as_the_released_code_reads_it(made):
     out, _, rows, _ = made
     crops = [(part, row) for part, row in written(out) if row["type"] == ["crop"]]
@@ -362,12 +383,14 @@ def test_the_box_of_a_crop_stands_in_the_question_as_the_released_code_reads_it(
         assert error_of(cut, open_picture(out / f"{part}-image" / row["processed_image_path"])) == 0
 
 
+@pytest.mark.thorough
 def test_a_question_that_names_its_box_stays_as_it_is(tmp_path):
     question = "Recognize the text within the [0, 100, 500, 750] of the image."
     build(make_rows(tmp_path, 12, question=question), tmp_path / "out", **FLAGS)
     assert {row["question"] for _, row in written(tmp_path / "out")} == {question}
 
 
+@pytest.mark.thorough
 def test_a_picture_that_lies_on_its_side_is_cropped_upright(tmp_path):
     """As cameras write it: the file's own orientation comes first."""
     upright = scene(3, (120, 80))
@@ -382,6 +405,7 @@ def test_a_picture_that_lies_on_its_side_is_cropped_upright(tmp_path):
     assert load_tasks(tmp_path / "out" / "train.json")[0]["image"].endswith("_ori.png")
 
 
+@pytest.mark.thorough
 def test_large_pictures_are_scaled_down_but_for_crops(tmp_path):
     rows = []
     for i in range(24):
@@ -401,6 +425,7 @@ def test_large_pictures_are_scaled_down_but_for_crops(tmp_path):
 GOOD = {"image": "0.png", "question": "?", "answers": ["1"]}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("change, reason, way_out", [
     ({"image": None}, "image must be a text, got None", 'add "image"'),
     ({"image": 3}, "image must be a text, got 3", 'add "image"'),
@@ -434,6 +459,7 @@ def test_a_bad_row_is_named_and_nothing_is_left(tmp_path, change, reason, way_ou
     assert sorted(each.name for each in tmp_path.iterdir()) == ["0.png", "damaged.png", "rows.jsonl", "strip.png"]
 
 
+@pytest.mark.thorough
 def test_rows_are_checked_before_any_picture_is_read(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no picture")
     path = write_rows(tmp_path, [GOOD, {**GOOD, "answers": []}])
@@ -441,6 +467,7 @@ def test_rows_are_checked_before_any_picture_is_read(tmp_path):
         build(path, tmp_path / "out", **FLAGS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["out", "out.tmp"])
 def test_a_folder_that_is_there_is_left_alone(tmp_path, name):
     path = make_rows(tmp_path / "rows", 4)
@@ -451,6 +478,7 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, name):
     assert [each.name for each in (tmp_path / name).iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("flags, reason", [
     ({"heldout": 1.0}, "--heldout 1.0"), ({"heldout": -0.1}, "--heldout -0.1"), ({"heldout": float("nan")}, "--heldout nan"),
     ({"max_pixels": 783}, "--max_pixels 783: .* at least 784"), ({"heldout": 0.6}, "leaves none for training")])
@@ -461,6 +489,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, reason):
 
 # ---- the command ---------------------------------------------------------------------------------
 
+@pytest.mark.thorough
 def test_the_command_says_what_it_made(tmp_path):
     done = run_script("data/build_coding.py", make_rows(tmp_path, 24), "-o", tmp_path / "deep" / "out", "--heldout", 0)
     assert done.returncode == 0, done.stderr

@@ -226,6 +226,7 @@ def prefill_peak(name, layers, rows, new, context):
         return live.peak - num_bytes(model.parameters()) - num_bytes(cached)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["3B", "7B"])
 @pytest.mark.parametrize("new, context", [(1060, 8160), (model_file.PIECE // 16, 8192), (880, 880)])
 def test_what_a_prefill_holds_at_real_size(name, new, context):

@@ -44,6 +44,7 @@ def test_the_plan_of_the_laptop_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_the_plan_of_single_steps_on_ranks(tmp_path, capsys, monkeypatch):
     flags = ["--mode", "step", "--tasks", "data/offline/steps.json", "--eval_tasks=", "--dry_run",
              "--output_dir", str(tmp_path / "run")]
@@ -78,6 +79,7 @@ def test_the_empty_policy_has_the_shapes_and_ids_of_the_whole_one(model_folder):
         whole.end_id, whole.image_id, whole.suppressed.tolist())
 
 
+@pytest.mark.thorough
 def test_what_a_run_would_refuse_a_dry_run_refuses(tmp_path):
     (tmp_path / "long.json").write_text(json.dumps([{"question": "why " * 600, "answers": ["x"], "image_path": None}]))
     (tmp_path / "used").mkdir()

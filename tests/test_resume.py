@@ -431,6 +431,7 @@ def test_torchrun_restarts_the_ranks_and_passes_a_signal_on(tmp_path):
 
 # ---- updates that are no good --------------------------------------------------------------------
 
+@pytest.mark.thorough
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path):
     """beta times a KL of 0 is not a number here, as 1e39 is infinite in float32."""
     out = tmp_path / "run"

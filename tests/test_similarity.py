@@ -126,6 +126,7 @@ def test_without_a_model_words_are_compared():
     assert step_reward(text, "search", "a b", "search", "c d", similarity=0.75) == {"format": 1.0, "search": 0.75}
 
 
+@pytest.mark.thorough
 def test_a_run_compares_queries_by_the_model_it_is_given(tiny, tmp_path):
     flags = {"mode": "step", "tasks": "data/offline/steps.json", "eval_tasks": "", "steps": 1, "prompts_per_step": 16,
              "group_size": 2, "beta": 0, "similarity": tiny, "min_similarity": 0.2, "output_dir": tmp_path / "run"}
@@ -144,6 +145,7 @@ def test_a_run_compares_queries_by_the_model_it_is_given(tiny, tmp_path):
     assert compared > 0
 
 
+@pytest.mark.thorough
 def test_the_flags_are_checked_before_a_run_begins(tiny, tmp_path):
     for flags, reason in ((["--similarity", tiny], f"--similarity {tiny}: only --mode step compares queries; leave it out"),
                           (["--min_similarity", "1.5"], "--min_similarity 1.5: must be a finite number at least 0"),
