@@ -48,9 +48,8 @@ from cost import Shape, forward_operations, peak, step_bytes, step_operations  #
 from data.tasks import load_tasks  # noqa: E402
 from evaluate import evaluate_tasks  # noqa: E402
 from grpo import group_advantages, token_logps  # noqa: E402
-# noqa: E402
-from model import EncodedImage, action_logps, gathered, load_policy, model_inputs, start_ranks  # noqa: E402
-from model import Policy, pick_device  # noqa: E402
+from model import (EncodedImage, Policy, action_logps, gathered, load_policy, model_inputs, pick_device,  # noqa: E402
+                   start_ranks)
 from rollout import Limits, Rollout, Tools, collate, roll_out  # noqa: E402
 from tools import Action, ToolResult  # noqa: E402
 from train import Config, even_micro_batches, reference_logps, update  # noqa: E402
