@@ -502,6 +502,7 @@ def run(*args):
     return run_script("evaluate.py", *args)
 
 
+@pytest.mark.thorough
 def test_rescoring_20000_predictions_ends_with_one_json_object(tmp_path):
     words = "the president of a small republic in South America, elected 1999".split()
     rows = [{"id": i, "pred_answer": " ".join(words[i % 7:] + [str(i)]), "split": "all",

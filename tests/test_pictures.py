@@ -233,6 +233,7 @@ def test_an_orientation_counts_though_the_rest_cannot_be_written(tmp_path):
 
 
 # ---- sizes
+@pytest.mark.thorough
 def test_a_large_photo_is_bounded_once_and_can_be_repaired_in_its_size(policy, tool, task_of):
     picture, _ = _load_image(policy, task_of(saved(Image.new("1", (5000, 4000)), "PNG"))["image"])
     assert picture.size == (4579, 3663) and 4579 * 3663 <= MAX_PICTURE  # 4096 * sqrt(5 / 4), 4096 * sqrt(4 / 5)

@@ -29,6 +29,7 @@ def plan_of(output):
 
 # ---- the plan
 
+@pytest.mark.thorough
 def test_the_plan_of_the_laptop_run(tmp_path):
     done = run_script("train.py", "--dry_run", "--output_dir", tmp_path / "run", "--eval_every", 20)
     assert done.returncode == 0 and done.stderr == ""

@@ -160,6 +160,7 @@ def test_killed_at_random_moments_it_leaves_what_one_left_alone_does(alone, tmp_
     assert files(tmp_path) == files(alone)
 
 
+@pytest.mark.thorough
 def test_ranks_share_the_items_and_another_number_of_ranks_goes_on(alone, tmp_path):
     tasks = tmp_path / "tasks.json"
     keys = ("id", "family", "question", "answers", "type", "split")
@@ -505,6 +506,7 @@ def test_an_endpoint_that_answers_no_item_in_time_ends_the_run_and_one_item_does
     assert [row["error"] for row in items(tmp_path / "one")] == [None] * 11 + ["http_500"]
 
 
+@pytest.mark.thorough
 def test_a_run_of_which_every_item_failed_has_no_scores(tmp_path):
     def no_image(messages):
         return refuse(400, "images are not supported") if messages != PROBE else None

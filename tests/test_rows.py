@@ -195,6 +195,7 @@ def test_a_step_is_not_paid_for_an_action_that_was_cut_off(text, part):
     assert [reward_parts(rollout, "step")[part] for rollout in (whole, cut)] == [1.0, 0.0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name, num_rows", [("rft_agent_search_20", 2), ("rft_agent_code_1_2k", 3)])
 def test_the_released_training_rows_train_as_steps(tmp_path, name, num_rows):
     out = tmp_path / "run"
@@ -268,6 +269,7 @@ def test_why_a_task_cannot_be_opened(policy, load, tmp_path):
     assert "a.png cannot be read" in str(opening_error(policy, task, Limits(1, 8, 512), "short"))
 
 
+@pytest.mark.thorough
 def test_an_image_that_goes_while_a_run_goes_on_costs_its_task_only(tmp_path, monkeypatch, capsys):
     """The real loop on one rank, with a cache of no size: images are read again when their task is
     drawn."""

@@ -1306,6 +1306,7 @@ def test_an_evaluation_without_budget_is_no_evaluation(train, tmp_path):
     assert [(row["step"], row["tools"]) for row in rows(tmp_path / "run" / "evaluations.jsonl")] == [(1, "on"), (1, "off")]
 
 
+@pytest.mark.thorough
 def test_evaluate_stops_at_its_search_budget_and_goes_on(serve, tmp_path):
     """What was asked without a budget is no answer of the model's: those items are left undone."""
     server, out, tasks = serve(retrieval_server()), tmp_path / "run", json.loads((OFFLINE / "heldout.json").read_text())
