@@ -124,7 +124,7 @@ def start_ranks() -> None:
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         # torchrun's store is there, or torchrun is dead: not to be waited for.
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         store.set_timeout(PATIENCE)
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's store outlives a restart, with the addresses of dead ranks.
