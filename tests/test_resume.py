@@ -97,6 +97,7 @@ def alone(tmp_path_factory) -> Path:
 
 # ---- resume is replay ----------------------------------------------------------------------------
 
+@pytest.mark.thorough
 def test_killed_and_damaged_a_run_leaves_what_one_left_alone_does(alone, tmp_path):
     """SIGKILL in mid-export, a torn row behind it, a flipped byte in the last checkpoint."""
     out = tmp_path / "run"
