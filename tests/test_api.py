@@ -656,6 +656,7 @@ def test_an_impossible_key_is_refused_unseen(monkeypatch, key):
 
 # ---- many threads, and the server itself ---------------------------------------------------------
 
+@pytest.mark.thorough
 def test_sixteen_threads_under_faults_lose_and_miscount_nothing():
     """400 replies, each to its own question, while 30 % of the requests fail in some way."""
     faults = dict.fromkeys(sorted(set(QUICK) - {"huge"}), 0.3 / (len(QUICK) - 1))

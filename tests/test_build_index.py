@@ -208,6 +208,7 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_works(tmp_path):
     assert ask(f"sqlite:{index}", "oslo").ok and sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "index.sqlite"]
 
 
+@pytest.mark.thorough
 def test_two_builds_do_not_mix(tmp_path):
     """The second one is refused while the first is at work, and leaves it alone."""
     corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index.sqlite"
@@ -323,6 +324,7 @@ def test_a_rare_word_is_found_behind_many_passages_with_a_common_one(tmp_path):
     assert ask(address, "city river", topk=1).text == "1. Content: a river"
 
 
+@pytest.mark.thorough
 def test_threads_share_a_search(tmp_path):
     rng = random.Random(0)
     rows = [{"text": " ".join(f"w{int(2000 ** rng.random())}" for _ in range(30))} for _ in range(500)]

@@ -623,6 +623,7 @@ class Asker:
         self.process.communicate()
 
 
+@pytest.mark.thorough
 def test_two_processes_share_a_cache_while_both_run(serve, tmp_path):
     server, cache = serve(about), str(tmp_path / "cache.sqlite")
     queries = [f"query {n}" for n in range(300)]

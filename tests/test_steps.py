@@ -166,7 +166,7 @@ SETS = {"rft_agent_search_20": (search_rows, 63, 20, "search"), "rft_agent_code_
 
 
 @pytest.mark.parametrize("name", ["rft_agent_search_20", pytest.param("rft_agent_code_1_2k", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("mode", ["step", "episode"])
+@pytest.mark.parametrize("mode", [pytest.param("step", marks=pytest.mark.thorough), "episode"])
 def test_the_published_files_train_in_both_modes(tmp_path, name, mode):
     make, num_rows, num_questions, family = SETS[name]
     path = write_training(tmp_path / "MAT-Training", name, make())

@@ -89,6 +89,7 @@ def test_another_seed_gives_other_facts_and_other_images():
                  make_tasks.make_split(1, "train")[0]["image"]) > 1
 
 
+@pytest.mark.thorough
 def test_shipped_files_are_what_the_script_makes(made):
     shipped = DATA / "offline"
     assert set(files_of(made)) <= set(files_of(shipped))
