@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import environments_of_ranks, start_script
+from safetensors.torch import load_file
 
 from data.checkpoints import checkpoints, damaged_files, newest_checkpoint
 from data.files import append_json_line, read_json_lines, take_folder, write_whole
-from model import start_ranks
+from model import export, load_policy, start_ranks
 from train import Config, rollout_metrics, step_line
 
 ROOT = Path(__file__).parent.parent
@@ -470,3 +471,13 @@ def test_rows_are_json_and_files_are_whole(tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == '{"loss": null, "norm": null, "step": 1}\n'
     write_whole(tmp_path / "rows.jsonl", "new\n")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["new\n"]
+
+
+def test_a_sharded_model_is_exported_in_the_dtype_of_its_files(model_folder, one_rank, tmp_path):
+    """Masters are fp32, and building the sharded model changes the dtype that its config names."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    export(load_policy(str(folder), shard=True), tmp_path / "out")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
