@@ -123,8 +123,10 @@ def start_ranks() -> None:
     device, backend = pick_device()
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        # torchrun's store is there, or torchrun is dead: not to be waited for.
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
+        wait = PATIENCE
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            wait = timedelta(seconds=15)  # torchrun's own store is there, or torchrun was killed
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
         store.set_timeout(PATIENCE)
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun's store outlives a restart, with the addresses of dead ranks.

@@ -341,7 +341,7 @@ def all_reward_parts(rollouts: list[Rollout], config: Config, similarity: Simila
 
 
 def query_similarities(rollouts: list[Rollout], similarity: Similarity) -> list[float]:
-    """How alike each rollout's query and the gold query of its step are.
+    """The cosine, -1 to 1, of each rollout's query and the gold query of its step.
 
     Without meaning where one of the two is no query.
     """

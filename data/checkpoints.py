@@ -10,6 +10,7 @@ Left out on purpose: random states. A step seeds its own (`train.seed_step`).
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -135,4 +136,5 @@ def _cut_back(out: Path, step: int) -> None:
     for path in [*later, *out.glob("checkpoint-*.tmp"), *out.glob("model*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
-        write_json_lines(path, [row for row in read_json_lines(path) if row["step"] <= step])
+        rows = [row for row in read_json_lines(path) if isinstance(row, dict)]  # or it is not ours
+        write_json_lines(path, [row for row in rows if row.get("step", math.inf) <= step])

@@ -268,6 +268,20 @@ def test_a_bad_row_of_metrics_is_named(run_folder, one_rank):
         newest_checkpoint(run_folder, config(run_folder).flags())
 
 
+def test_rows_that_are_none_of_the_run_are_cut(run_folder, one_rank):
+    rows = (run_folder / "metrics.jsonl").read_text()
+    (run_folder / "metrics.jsonl").write_text(rows + '[1]\n{"a": 1}\n')
+    assert newest_checkpoint(run_folder, config(run_folder).flags())[0] == 4
+    assert (run_folder / "metrics.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize("flag, value", [("temperature", 1e39), ("temperature", 1e-7), ("eval_temperature", 1e39),
+                                         ("code_timeout", 1e98), ("code_workers", 10**8), ("steps", 10**30)])
+def test_numbers_that_nothing_can_hold_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag} .*must be a finite number"):
+        Config(**{flag: value})
+
+
 def test_fewer_steps_than_were_done_are_refused(run_folder):
     """Or the weights of step 4 would be evaluated and exported as those of step 3."""
     status, output = end(start(run_folder, "--resume", steps=3), run_folder)

@@ -1377,6 +1377,16 @@ def test_a_budget_that_cannot_be_kept_is_refused(monkeypatch, tmp_path, flags, r
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("coding, is_read", [(b"identity", True), (b"gzip", False)])
+def test_a_body_that_says_it_is_not_compressed_is_read(serve, coding, is_read):
+    server = serve(raw(JSON + b"Content-Encoding: " + coding + b"\r\n\r\n" + GOOD))
+    if is_read:
+        assert tools.fetch(server.url)[0] == GOOD.decode()
+    else:
+        with pytest.raises(tools.RequestFailed, match="bad_reply"):
+            tools.fetch(server.url)
+
+
 @pytest.mark.parametrize("damage", ["UPDATE passages SET text = x'00'", "DROP TABLE words"])
 def test_an_index_that_is_damaged_is_named_before_and_during_a_run(tmp_path, damage):
     """During a run it is broken machinery, not a search that failed."""
