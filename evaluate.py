@@ -432,6 +432,8 @@ class Arguments:
     search_budget: int = flag(0, "searches sent over the network, after which the evaluation "
                                  "stops; 0: no end")
     code_timeout: float = flag(5.0, "seconds a code call may take; best as in training")
+    code_reads: Literal["first", "newest"] = flag(
+        "first", "the picture that code reads: the task's own, or the newest; best as in training")
     code_unlocked: bool = flag(False, "run model-written code in plain child processes where the "
                                       "kernel cannot lock it in")
     tools: Literal["on", "off"] = flag(
@@ -538,7 +540,8 @@ def _load_and_play(args: Arguments, tasks: list[dict], code: CodeTool | None,
     policy = load_policy(model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     if os.environ.get("RANK", "0") == "0":
         write_whole(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
-    tools = Tools(code, search, released_crop if args.released_crop else None)
+    tools = Tools(code, search, released_crop if args.released_crop else None,
+                  newest=args.code_reads == "newest")
     try:
         return evaluate_tasks(policy, tasks, tools, limits, out, benchmark=args.benchmark,
                               batch_size=args.batch_size, prompt=args.prompt, ask=args.ask,

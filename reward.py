@@ -1,7 +1,7 @@
 """Rewards and scores: text in, floats out.
 
     episode_reward(["<think>…</think><answer>…</answer>"], "Rome", ["Paris"])
-                                               -> {"format": 1.0, "accuracy": 0.0}
+                                               -> {"format": 1.0, "accuracy": 0.0, "exact": 0.0}
     weighted_sum({"format": 1.0, "accuracy": 0.5})  -> 1.5
 
 A reward is a dict of named parts, each within 0..1; weights turn it into the number that the policy
@@ -17,10 +17,11 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-# An episode is paid for its form and its answer, 1:1 (paper); its tool parts are only logged.
+# An episode is paid for its form and its answer, 1:1 (paper); its other parts are only logged.
 WEIGHTS = {
     "format": 1.0,
     "accuracy": 1.0,
+    "exact": 0.0,
     "problem": 0.0,
     "tools": 0.0,
     "search": 0.0,
@@ -157,6 +158,7 @@ def episode_reward(turns: Sequence[str], answer: str | None, golds: Sequence[str
 
         format    1 if there is a turn and all are valid              always
         accuracy  F1 of the final answer (paper)                      always
+        exact     1 if it is an exact match (the paper's ablation)    always
         problem   problem_score of the first problem action           if gold_labels is given
         tools     share of the tool calls that ran without error      if there was a call
         search    1 if a search result holds a gold answer            if evidence is given
@@ -166,7 +168,8 @@ def episode_reward(turns: Sequence[str], answer: str | None, golds: Sequence[str
     ValueError as f1_score does.
     """
     is_valid = bool(turns) and all(turn_is_valid(text, tags) for text in turns)
-    parts = {"format": float(is_valid), "accuracy": f1_score(answer, golds)}
+    parts = {"format": float(is_valid), "accuracy": f1_score(answer, golds),
+             "exact": exact_match(answer, golds)}
     if gold_labels is not None:
         labels = problem_labels(problem or "")  # none if no problem was named
         parts["problem"] = problem_score(labels, gold_labels) if labels else 0.0

@@ -114,6 +114,7 @@ class Tools:
     search: "SearchTool | None" = None
     # (code, task, image size) -> the code that is run instead
     edit: Callable[[str, dict, tuple[int, int]], str] | None = None
+    newest: bool = False  # code reads the newest picture, so that repairs add up
 
     def is_on(self, tag: str) -> bool:
         """Whether the tool of a tag runs. A tool that was added is on if code or search is."""
@@ -134,10 +135,11 @@ class Tool(NamedTuple):
 
 
 def _process(tools: Tools, calls: list[Call]) -> list[ToolResult]:
-    """Code reads the task's image: repairs do not pile up, as in the released chains."""
+    """Code reads the task's image, as in the released chains, or the newest one."""
     pairs = []
     for call in calls:
-        image = call.pictures[0] if call.pictures else Image.new("RGB", (MIN_SIDE, MIN_SIDE))
+        pictures = call.pictures or [Image.new("RGB", (MIN_SIDE, MIN_SIDE))]
+        image = pictures[-1 if tools.newest else 0]
         edited = tools.edit(call.content, call.task, image.size) if tools.edit else call.content
         pairs.append((edited, image))
     return tools.code.run_many(pairs)

@@ -45,7 +45,7 @@ from data.flags import fail, flag, parse_flags
 from data.model_files import check_model
 from data.plan import show_plan
 from data.similarity import Similarity, load_similarity
-from data.tasks import describe, load_task_files, load_tasks
+from data.tasks import describe, load_task_files
 from grpo import LOSSES, group_advantages, policy_loss, token_weights
 from model import (MAX_PIXELS, MIN_PIXELS, Policy, action_logps, all_reduce, clock,
                    copy_policy, export, gather, gathered, is_lead, load_policy,
@@ -72,7 +72,8 @@ class Config:
         "data/offline/train.json", "training tasks: MAT's JSON, FlashRAG's jsonl, or step "
         "rows; several files with commas between")
     eval_tasks: str = flag(
-        "data/offline/heldout.json", "held-out tasks, same formats; empty: no evaluation")
+        "data/offline/heldout.json", "held-out tasks, same formats, several files with commas "
+        "between; empty: no evaluation")
     corpus: str = flag(
         "sqlite:data/offline/corpus.sqlite",
         "search backend: sqlite:INDEX, http://HOST:PORT/retrieve, serper")
@@ -117,7 +118,7 @@ class Config:
     loss: Literal[LOSSES] = flag("grpo", "how advantages and tokens are weighted, by paper")
     rewards: str = flag(
         "", "weights of reward parts, like accuracy=1,problem=0.5; others keep their default: "
-        "in an episode format=1,accuracy=1,problem=0,tools=0,search=0; "
+        "in an episode format=1,accuracy=1,exact=0,problem=0,tools=0,search=0; "
         "in a step format=1,accuracy=1,search=1,code=1,problem=1")
     similarity: str = flag(
         "", "sentence model, hub name or folder (all-MiniLM-L6-v2), by whose cosine --mode step "
@@ -130,6 +131,9 @@ class Config:
     max_pixels: int = flag(MAX_PIXELS, "of an image after resizing; the paper: 401408")
     code_workers: int = flag(0, "code calls that run side by side on a rank; 0: its CPU cores")
     code_timeout: float = flag(5.0, "seconds a code call may take")
+    code_reads: Literal["first", "newest"] = flag(
+        "first", "the picture that code reads: the task's own, as released, or the newest one, so "
+        "that repairs add up")
     code_unlocked: bool = flag(
         False, "run model-written code in plain child processes where the kernel cannot lock it in")
     seed: int = flag(0, "of prompts and sampling")
@@ -195,7 +199,7 @@ def main(config: Config, tasks: list[dict], held_out: list[dict], search: Search
     """
     start_of_run, skipped, stop = time.perf_counter(), 0, Stop(config, search)
     with CodeTool(config.code_workers, config.code_timeout, config.code_unlocked) as code:
-        tools = Tools(code, search)
+        tools = Tools(code, search, newest=config.code_reads == "newest")
         for step in range(first, config.steps):
             if step == 0 or config.eval_every and step % config.eval_every == 0:
                 evaluate_policy(policy, held_out, tools, step, config, stop)
@@ -631,7 +635,7 @@ def prepare(config: Config) -> tuple[list[dict], list[dict], SearchTool | None]:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} does not divide "
                          f"among {world} ranks")
     tasks = load_task_files(config.tasks, config.mode)
-    held_out = load_tasks(config.eval_tasks, mode="episode") if config.eval_tasks else []
+    held_out = load_task_files(config.eval_tasks, "episode") if config.eval_tasks else []
     if 0 < config.eval_limit < len(held_out):  # drawn: the first ones in a file are of one family
         held_out = random.Random(0).sample(held_out, config.eval_limit)
     if config.dry_run:

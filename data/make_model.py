@@ -35,6 +35,7 @@ from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLC
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import make_hard_tasks
 import make_tasks
 from build_index import index_corpus, read_corpus
 from model import encode_image, encode_prompt, export, load_policy, action_logps
@@ -64,13 +65,18 @@ CHAT_TEMPLATE = """\
 {% endfor %}{% endif %}<|im_end|>\n\
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
 CAPTIONS = {"sign": "Read the sign.", "flag": "Name the flag."}
+# Shares of tasks of data/make_hard_tasks.py among its demonstrations, which are a quarter of all:
+# (hops, has an image). Two hops about an image are one in twenty of all.
+HARD_SEARCH = {(1, True): 0.6, (2, True): 0.2, (1, False): 0.1, (2, False): 0.1}
+# Of the chains that repair one sign: the first repair misses, and is seen to miss.
+SECOND_LOOKS = {"right": 0.1, "noisy": 0.0}
 LIMITS = Limits(max_turns=4, max_new_tokens=96, max_tokens=512, batch_tokens=16384)
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE that cuts text like Qwen's, trained on what the offline tasks can say."""
     rng = random.Random(0)
-    known = make_tasks.facts(0)
+    known, hard_known = make_tasks.facts(0), make_hard_tasks.facts(0)
     prompts = [instructions("full", family) for family in ("search", "coding")]
     texts = [CHAT_TEMPLATE, *prompts, TIP_NONE, TIP_REPAIR, IMAGE_READY, *CAPTIONS.values()]
     texts += ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"] * 50
@@ -81,6 +87,11 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         documents = rng.sample(make_tasks.make_corpus(rng.random()), 3)
         results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
         texts += [task["question"], *make_tasks.right_chain(task),
+                  f"<information> {results} </information>"]
+        task = hard_search_task(rng, hard_known)
+        documents = rng.sample(make_hard_tasks.make_corpus(rng.random()), 3)
+        results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
+        texts += [task["question"], *make_hard_tasks.right_chain(task),
                   f"<information> {results} </information>"]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
@@ -155,29 +166,56 @@ def jpeg(picture):
     return Image.open(io.BytesIO(data.getvalue())).convert("RGB")
 
 
-def demonstrations(policy, rng, code_tool, num, chain):
+def hard_search_task(rng, known, task_id=""):
+    """A search task of data/make_hard_tasks.py, of a kind drawn with its share of HARD_SEARCH."""
+    kinds, shares = zip(*HARD_SEARCH.items())
+    (hops, has_image), = rng.choices(kinds, shares)
+    owner, attribute = rng.choice(make_tasks.search_pairs("train"))
+    askers = {known[country, "ally"]: country for country in make_tasks.FLAGS}
+    return make_hard_tasks.search_task(rng, known, askers[owner] if hops == 2 else owner, attribute,
+                                       hops=hops, has_image=has_image, task_id=task_id)
+
+
+def demonstrations(policy, rng, code_tool, num, noise):
     """num demonstrations, half of each family, played through the real tools.
 
-    chain: a function from a task to its turns.
+    noise: scale of the weak annotator's rates of mistakes; 0: all are right.
     """
+    def chain(task):
+        can_miss = task["family"] == "coding" and task["type"][0] in make_hard_tasks.MISSES
+        if can_miss and rng.random() < SECOND_LOOKS["noisy" if noise else "right"]:
+            return make_hard_tasks.second_look(task, rng)
+        if "facts" in task:
+            return make_hard_tasks.search_chain(task, rng, noise)
+        return make_tasks.noisy_chain(task, rng, noise)
+
     coding = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], task_id=i)
               for i in range(num // 2)]
     sampler = chains(policy, coding, chain)
-    played, _ = roll_out(policy, coding, Tools(code=code_tool), LIMITS, sampler=sampler)
+    tools = Tools(code=code_tool, newest=True)
+    played, _ = roll_out(policy, coding, tools, LIMITS, sampler=sampler)
     pairs = make_tasks.search_pairs("train")
     for seed in range(1, 9):  # corpora that the offline tasks never see
-        known = make_tasks.facts(f"demonstrations-{seed}")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "corpus.jsonl"
-            make_tasks.write_rows(path, make_tasks.make_corpus(f"demonstrations-{seed}"))
-            index_corpus(path.with_suffix(".sqlite"), read_corpus(path))
-            search = SearchTool(backend=f"sqlite:{path.with_suffix('.sqlite')}", topk=3)
-            tasks = [make_tasks.search_task(rng, known, *rng.choice(pairs), task_id=i)
-                     for i in range(num // 16)]
-            sampler = chains(policy, tasks, chain)
-            played += roll_out(policy, tasks, Tools(search=search), LIMITS, sampler=sampler)[0]
+        name = f"demonstrations-{seed}"
+        known, hard_known = make_tasks.facts(name), make_hard_tasks.facts(name)
+        tasks = [make_tasks.search_task(rng, known, *rng.choice(pairs), task_id=i)
+                 for i in range(num // 32)]
+        played += play_search(policy, tasks, make_tasks.make_corpus(name), chain)
+        tasks = [hard_search_task(rng, hard_known, task_id=i) for i in range(num // 32)]
+        played += play_search(policy, tasks, make_hard_tasks.make_corpus(name), chain)
     rng.shuffle(played)
     return played
+
+
+def play_search(policy, tasks, corpus, chain):
+    """The tasks' chains, played with a search tool over the corpus."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "corpus.jsonl"
+        make_tasks.write_rows(path, corpus)
+        index_corpus(path.with_suffix(".sqlite"), read_corpus(path))
+        search = SearchTool(backend=f"sqlite:{path.with_suffix('.sqlite')}", topk=3)
+        sampler = chains(policy, tasks, chain)
+        return roll_out(policy, tasks, Tools(search=search), LIMITS, sampler=sampler)[0]
 
 
 def chains(policy, tasks, chain):
@@ -219,19 +257,24 @@ def print_unsure_tokens(policy, rollouts):
 
 
 def success(policy, code_tool, num):
-    """Share of fresh tasks solved, {kind: share}, with the shipped corpus in the search tool."""
-    rng, known = random.Random(99), make_tasks.facts(0)
-    search = SearchTool(backend=f"sqlite:{Path(__file__).parent}/offline/corpus.sqlite", topk=3)
+    """Share of fresh tasks solved, {kind: share}, with the shipped corpora in the search tool."""
+    rng, known, hard_known = random.Random(99), make_tasks.facts(0), make_hard_tasks.facts(0)
+    offline, solved = Path(__file__).parent / "offline", {}
+    search = SearchTool(backend=f"sqlite:{offline}/corpus.sqlite", topk=3)
     tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6], split="train")
              for i in range(num)]
     tasks += [make_tasks.search_task(rng, known, *rng.choice(make_tasks.search_pairs("train")))
               for _ in range(num // 2)]
-    rollouts, _ = roll_out(policy, tasks, Tools(code_tool, search), LIMITS)
-    by_kind = {}
-    for r in rollouts:
-        hit = exact_match(r.answer, r.task["answers"])
-        by_kind.setdefault(r.task.get("type", ["search"])[0], []).append(hit)
-    return {kind: round(sum(hits) / len(hits), 2) for kind, hits in sorted(by_kind.items())}
+    hard = [make_hard_tasks.pair_task(rng, pair)
+            for pair in make_hard_tasks.PAIRS["train"] for _ in range(num // 2)]
+    hard += [hard_search_task(rng, hard_known) for _ in range(2 * num)]
+    hard_search = SearchTool(backend=f"sqlite:{offline}/hard/corpus.sqlite", topk=3)
+    for part, tool in ((tasks, search), (hard, hard_search)):
+        for r in roll_out(policy, part, Tools(code_tool, tool, newest=True), LIMITS)[0]:
+            name = "+".join(r.task.get("type", ["search"]))
+            name += "" if r.task["image"] else ", text"
+            solved.setdefault(name, []).append(exact_match(r.answer, r.task["answers"]))
+    return {name: round(sum(hits) / len(hits), 2) for name, hits in sorted(solved.items())}
 
 
 def train(policy, code_tool, pool, rng, args, *, steps, lr, name):
@@ -289,15 +332,14 @@ def main():
                 part.save_pretrained(args.out)
             policy, rng = load_policy(args.out), random.Random(f"right-{args.seed}")
             pool = demonstrations(policy, rng, code_tool, args.demonstrations,
-                                  make_tasks.right_chain)
+                                  noise=0.0)
             train(policy, code_tool, pool, rng, args, steps=args.right_steps, lr=args.right_lr,
                   name="right")
             if args.keep_right:
                 export(policy, args.keep_right)
         rng = random.Random(f"noisy-{args.seed}")
         torch.manual_seed(args.seed)
-        pool = demonstrations(policy, rng, code_tool, args.noisy_steps * args.batch,
-                              lambda task: make_tasks.noisy_chain(task, rng, args.noise))
+        pool = demonstrations(policy, rng, code_tool, args.noisy_steps * args.batch, args.noise)
         train(policy, code_tool, pool, rng, args, steps=args.noisy_steps, lr=args.noisy_lr,
               name="noisy")
         export(policy, args.out)

@@ -337,19 +337,30 @@ def task_row(task):
 
 
 def step_rows(task):
-    """The right chain, one row a turn: the question with the turns so far; the turn as solution."""
+    """The right chain of a task as rows for --mode step."""
+    found = []
+    if task["family"] == "search":
+        found = [fact_sentence(task["country"], task["attribute"], task["answers"][0])]
+    return cut_chain(task, right_chain(task), found)
+
+
+def cut_chain(task, turns, found):
+    """One row a turn: the question with the turns so far; the turn as solution.
+
+    found: the document that each search of the chain finds.
+    """
     paths, rows, context = image_paths(task), [], task["question"]
-    for turn in right_chain(task):
+    for n, turn in enumerate(turns):
         action = next(tag for tag in ("problem", "code", "search", "answer") if f"<{tag}>" in turn)
         # No tool runs in step mode: the row before the answer has what the tool would have given.
-        rows.append({"id": f"{task['id']}-{action}", "family": task["family"],
+        again = "-again" * any(f"<{action}>" in earlier for earlier in turns[:n])
+        rows.append({"id": f"{task['id']}-{action}{again}", "family": task["family"],
                      "image_path": paths[-1] if action == "answer" else paths[0],
                      "problem": context, "solution": turn, "type": f"pre_{action}",
                      "answers": task["answers"]})
         context += f"\n{turn}"
         if action == "search":
-            document = fact_sentence(task["country"], task["attribute"], task["answers"][0])
-            context += f"\n<information> 1. Content: {document} </information>"
+            context += f"\n<information> 1. Content: {found[n]} </information>"
     return rows
 
 

@@ -137,7 +137,7 @@ def test_without_the_entry_its_tag_is_unknown(policy, live):
     assert sorted(action_tags()) == ["answer", "code", "problem", "search"]
     [rollout] = play(policy, [task()], {1: [ZOOM, ANSWER]}, live)
     assert (rollout.stop, rollout.answer, len(rollout.turns)) == ("invalid", None, 1)
-    assert reward_parts(rollout, "episode") == {"format": 0.0, "accuracy": 0.0}
+    assert reward_parts(rollout, "episode") == {"format": 0.0, "accuracy": 0.0, "exact": 0.0}
 
 
 @pytest.mark.parametrize("content", ["", "1, 2, 3", "500, 0, 500, 500", "0, 900, 1000, 100",
@@ -148,7 +148,7 @@ def test_what_it_cannot_do_is_an_error_that_the_model_reads(policy, live, zoom, 
     call = rollout.turns[0]
     assert call.observation == "Error: zoom takes four numbers"
     assert (call.result.error, call.result.lost, len(rollout.images)) == ("bad_box", False, 1)
-    assert reward_parts(rollout, "episode") == {"format": 1.0, "accuracy": 1.0, "tools": 0.0}
+    assert reward_parts(rollout, "episode") == {"format": 1.0, "accuracy": 1.0, "exact": 1.0, "tools": 0.0}
 
 
 @pytest.mark.parametrize("size", [(56, 56), (28, 28), (1000, 30)])
@@ -184,7 +184,7 @@ def test_each_call_of_a_turn_goes_to_its_tool(policy, live, zoom):
 def test_rewards_and_metrics_count_it_as_a_tool(policy, live, zoom, tmp_path):
     [rollout] = play(policy, [task()], {1: [ZOOM, THINK + "<zoom> 7 </zoom>", ANSWER]}, live)
     parts = reward_parts(rollout, "episode")
-    assert parts == {"format": 1.0, "accuracy": 1.0, "tools": 0.5}
+    assert parts == {"format": 1.0, "accuracy": 1.0, "exact": 1.0, "tools": 0.5}
     row = rollout_row(rollout, tmp_path, "0")
     assert [turn["action"] for turn in row["turns"]] == ["zoom", "zoom", "answer"]
     assert Image.open(tmp_path / row["turns"][0]["image"]).getpixel((3, 3)) == GREEN

@@ -24,7 +24,7 @@ PACKAGE = {"files": set(), "flags": set(), "tasks": {"data", "tools"}, "steps": 
 BELOW = {"model": ["data.model_files"]}  # of data/, what stands below the file that imports it
 FORBIDDEN = {("rollout", "reward"), ("tools", "torch")}  # (importer, imported), beyond the order
 # What there is to read, however it is broken into lines: code tokens, without comments and docstrings.
-CORE, CORE_TOKENS, ALL_TOKENS = ("train", "grpo", "reward", "rollout", "model"), 16_150, 29_850
+CORE, CORE_TOKENS, ALL_TOKENS = ("train", "grpo", "reward", "rollout", "model"), 16_200, 29_950
 TOKENS_A_LINE, README_WORDS = 11, 2_200
 PACKAGES = {"torch", "transformers", "PIL", "requests", "numpy", "pytest", "tokenizers", "safetensors", "tqdm"}
 OPTIONAL = {"cv2"}  # never needed to import a file

@@ -262,13 +262,13 @@ def test_problem_score(predicted, gold, expected):
 # ---------------------------------------------------------------- episode and step
 
 def test_an_episode_has_format_and_accuracy_only_unless_more_can_be_checked():
-    assert episode_reward([VALID], "Paris", ["Paris"]) == {"format": 1.0, "accuracy": 1.0}
+    assert episode_reward([VALID], "Paris", ["Paris"]) == {"format": 1.0, "accuracy": 1.0, "exact": 1.0}
     parts = episode_reward([VALID, "oops"], "red car", ["blue car"])
-    assert parts == {"format": 0.0, "accuracy": 0.5}
-    assert episode_reward([], None, ["Paris"]) == {"format": 0.0, "accuracy": 0.0}
-    assert episode_reward([VALID], None, ["Paris"], tool_oks=[]) == {"format": 1.0, "accuracy": 0.0}
-    parts = episode_reward([VALID], None, ["Paris"], problem="{'dark'}")
-    assert parts == {"format": 1.0, "accuracy": 0.0}
+    assert parts == {"format": 0.0, "accuracy": 0.5, "exact": 0.0}
+    assert episode_reward([], None, ["Paris"]) == {"format": 0.0, "accuracy": 0.0, "exact": 0.0}
+    nothing = {"format": 1.0, "accuracy": 0.0, "exact": 0.0}
+    assert episode_reward([VALID], None, ["Paris"], tool_oks=[]) == nothing
+    assert episode_reward([VALID], None, ["Paris"], problem="{'dark'}") == nothing
 
 
 @pytest.mark.parametrize("problem, expected", [("{'rotation90', 'dark'}", 1.0),
@@ -276,7 +276,7 @@ def test_an_episode_has_format_and_accuracy_only_unless_more_can_be_checked():
                                                (None, 0.0)])
 def test_the_problem_part_of_an_episode(problem, expected):
     parts = episode_reward([VALID], "C", ["C"], problem=problem, gold_labels=["rotation90", "dark"])
-    assert parts == {"format": 1.0, "accuracy": 1.0, "problem": expected}
+    assert parts == {"format": 1.0, "accuracy": 1.0, "exact": 1.0, "problem": expected}
 
 
 @pytest.mark.parametrize("tool_oks, expected", [([True], 1.0), ([False], 0.0),
@@ -337,7 +337,7 @@ def test_a_step_of_an_unknown_kind_is_refused():
 
 def test_an_episode_weighs_format_and_accuracy_alike_and_only_logs_the_rest():
     assert weighted_sum({"format": 1.0, "accuracy": 0.25}) == 1.25
-    logged = {"problem": 1.0, "tools": 1.0, "search": 1.0}
+    logged = {"exact": 1.0, "problem": 1.0, "tools": 1.0, "search": 1.0}
     assert weighted_sum({"format": 1.0, "accuracy": 0.5} | logged) == 1.5
     assert weighted_sum({}) == 0.0
 
@@ -356,20 +356,20 @@ def test_a_part_without_a_weight_is_refused():
 
 def test_parse_weights():
     assert parse_weights("format=1,accuracy=2,problem=0.5") == {
-        "format": 1.0, "accuracy": 2.0, "problem": 0.5, "tools": 0.0, "search": 0.0}
+        "format": 1.0, "accuracy": 2.0, "exact": 0.0, "problem": 0.5, "tools": 0.0, "search": 0.0}
     assert parse_weights(" accuracy = .5 , tools=-1, ") == {
-        "format": 1.0, "accuracy": 0.5, "problem": 0.0, "tools": -1.0, "search": 0.0}
+        "format": 1.0, "accuracy": 0.5, "exact": 0.0, "problem": 0.0, "tools": -1.0, "search": 0.0}
     assert parse_weights("code=0", STEP_WEIGHTS) == {
         "format": 1.0, "accuracy": 1.0, "search": 1.0, "code": 0.0, "problem": 1.0}
     assert parse_weights("") == WEIGHTS == {
-        "format": 1.0, "accuracy": 1.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
+        "format": 1.0, "accuracy": 1.0, "exact": 0.0, "problem": 0.0, "tools": 0.0, "search": 0.0}
 
 
 @pytest.mark.parametrize("text, message", [
     ("speed=1", "unknown reward part 'speed' in 'speed=1'; "
-                "take some of format, accuracy, problem, tools, search"),
+                "take some of format, accuracy, exact, problem, tools, search"),
     ("code=1", "unknown reward part 'code' in 'code=1'; "
-               "take some of format, accuracy, problem, tools, search"),
+               "take some of format, accuracy, exact, problem, tools, search"),
     ("format=1,format=2", "reward part 'format' stands twice in 'format=1,format=2'; give it once"),
     ("format", "weight of 'format' must be a plain number, got ''; write format=1.0"),
     ("format=", "weight of 'format' must be a plain number, got ''; write format=1.0"),

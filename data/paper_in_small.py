@@ -1,0 +1,221 @@
+"""The paper's claims, measured at laptop size: runs, a table and a figure.
+
+    python data/paper_in_small.py                         # all of it, three seeds
+    python data/paper_in_small.py --row no_kl --seeds 1   # one row, one seed: some minutes
+    python data/paper_in_small.py --show                  # the table of what is measured so far
+
+It calls train.py and evaluate.py and reads what they write; every command is printed, and can be
+run alone. As many runs stand side by side as there are cores, one process each. What is done stays
+in --out: killed, it goes on with the same command.
+
+The start is data/model. Its warm start shows no pair of degradations, one chain in twenty with two
+hops about an image, and one in forty without. Training is on the files train_* of
+data/offline/hard, figures are on its heldout_*: F1 of one sample a task at temperature 1.
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).parent.parent
+HARD = "data/offline/hard"
+CODING, SEARCH = f"{HARD}/train_coding.json", f"{HARD}/train_search.json"
+STEPS = 100
+SHARED = ["--corpus", f"sqlite:{HARD}/corpus.sqlite", "--code_reads", "newest"]
+SETS = ("coding", "search", "text")
+# What each run changes, beside its training tasks and number of steps.
+RUNS = {
+    "main": {"title": "both families, F1, β 0.04, G = 8"},
+    "exact": {"title": "reward by exact match", "flags": ["--rewards", "accuracy=0,exact=1"]},
+    "search_20": {"title": "20 search questions", "tasks": f"{CODING},{HARD}/train_search_20.json"},
+    "single_step": {"title": "single steps, as released", "tasks": f"{HARD}/steps.json",
+                    "steps": 3 * STEPS, "flags": ["--mode", "step"]},
+    "coding_only": {"title": "coding alone", "tasks": CODING, "steps": STEPS // 2},
+    "search_only": {"title": "search alone", "tasks": SEARCH, "steps": STEPS // 2},
+    "no_kl": {"title": "β = 0", "flags": ["--beta", "0"]},
+    "dr_grpo": {"title": "dr_grpo", "flags": ["--loss", "dr_grpo"]},
+    "dapo": {"title": "dapo", "flags": ["--loss", "dapo", "--clip_high", "0.28"]},
+    "no_format": {"title": "no format reward", "flags": ["--rewards", "format=0"]},
+    "group_4": {"title": "G = 4, 16 prompts",
+                "flags": ["--group_size", "4", "--prompts_per_step", "16"]},
+    "group_16": {"title": "G = 16, 4 prompts",
+                 "flags": ["--group_size", "16", "--prompts_per_step", "4"]},
+}
+WAYS = {"agent": [], "off": ["--tools", "off"], "direct": ["--ask", "direct"],
+        "cot": ["--ask", "cot"], "rag": ["--ask", "rag"]}
+# Of Student's t with n - 1 degrees of freedom: the mean of n seeds is known to ± T95 · sd / √n.
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+
+def train(out: Path, run: str, seed: int) -> None:
+    """Train one run, unless it is done."""
+    spec, folder = RUNS[run], out / f"{run}-{seed}"
+    if (folder / "summary.json").exists():
+        return
+    command = ["train.py", *SHARED, "--tasks", spec.get("tasks", f"{CODING},{SEARCH}"),
+               "--steps", str(spec.get("steps", STEPS)), *spec.get("flags", []),
+               "--seed", str(seed), "--output_dir", str(folder), "--resume", "--eval_tasks"]
+    if run == "main":
+        held_out = ",".join(f"{HARD}/heldout_{name}.json" for name in SETS)
+        command += [held_out, "--eval_every", str(STEPS // 5)]
+    else:
+        command += [""]
+    call(command, out / f"{run}-{seed}.log")
+
+
+def measure(out: Path, run: str, seed: int) -> None:
+    """Play the held-out tasks; `main` and the start in all ways of asking."""
+    model = "data/model" if run == "start" else str(out / f"{run}-{seed}" / "model")
+    for way in WAYS if run in ("start", "main") else ["agent"]:
+        for name in SETS:
+            folder = scores_of(out, run, seed, name, way)
+            if not (folder / "scores.json").exists():
+                call(["evaluate.py", "--model", model, "--data", f"{HARD}/heldout_{name}.json",
+                      *SHARED, *WAYS[way], "--temperature", "1", "--seed", str(seed),
+                      "--max_turns", "4", "--max_new_tokens", "96", "--max_tokens", "512",
+                      "--batch_size", "32", "--output_dir", str(folder)],
+                     out / f"{run}-{seed}.log")
+
+
+def scores_of(out: Path, run: str, seed: int, name: str, way: str) -> Path:
+    """The folder of one evaluation."""
+    return out / "scores" / f"{run}-{seed}" / f"{name}-{way}"
+
+
+def call(command: list[str], log: Path) -> None:
+    """Run a script of ours on one core. Raises RuntimeError with the end of its log."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    with open(log, "a") as file:
+        file.write(f"$ python {shlex.join(command)}\n")
+        file.flush()
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file,
+                              stderr=subprocess.STDOUT)
+    if done.returncode:
+        tail = "\n".join(log.read_text().splitlines()[-5:])
+        raise RuntimeError(f"python {shlex.join(command)}: status {done.returncode}; {log} ends "
+                           f"with\n{tail}")
+
+
+def run_all(out: Path, jobs: list[tuple[str, int]], workers: int) -> None:
+    """Train and measure every (run, seed), `workers` of them side by side."""
+    start, done = time.perf_counter(), 0
+
+    def job(run, seed):
+        began = time.perf_counter()
+        if run != "start":
+            train(out, run, seed)
+        measure(out, run, seed)
+        return time.perf_counter() - began
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [(run, seed, pool.submit(job, run, seed)) for run, seed in jobs]
+        try:
+            for run, seed, future in futures:
+                seconds, done = future.result(), done + 1
+                left = (time.perf_counter() - start) / done * (len(jobs) - done)
+                print(f"[{done}/{len(jobs)}] {run}, seed {seed}: {seconds:.0f} s; about "
+                      f"{left / 60:.0f} min left; see {out}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# ---- the table -----------------------------------------------------------------------------------
+def figures(out: Path, seeds: list[int], run: str, name: str, split: str, way: str = "agent",
+            key: str = "f1") -> list[float]:
+    """One figure in percent for each seed that is measured."""
+    found = []
+    for seed in seeds:
+        path = scores_of(out, run, seed, name, way) / "scores.json"
+        if path.exists():
+            found.append(json.loads(path.read_text())[split][key])
+    return found
+
+
+def shown(values: list[float], sign: str = "") -> str:
+    """The mean of the seeds with its 95 % interval, as "61.2 ± 3.4"."""
+    if not values:
+        return "–"
+    text = f"{fmean(values):{sign}.1f}"
+    if len(values) > 1:
+        text += f" ± {T95[len(values)] * stdev(values) / len(values) ** 0.5:.1f}"
+    return text
+
+
+CLAIMS = (  # (claim, the paper's gain with 7B, set, split)
+    ("coding, simple", "+4.9", "coding", "simple"),
+    ("coding, hard: pairs", "+25.9", "coding", "hard"),
+    ("coding, all", "+18.6", "coding", "all"),
+    ("search, simple", "+4.4", "search", "simple"),
+    ("search, hard: two hops", "+16.2", "search", "hard"),
+    ("search, all", "+10.3", "search", "all"),
+    ("text, two hops: not trained on", "+29.3", "text", "all"),
+)
+
+
+def table(out: Path, seeds: list[int]) -> str:
+    """All rows as markdown."""
+    lines = ["| F1 | paper, 7B | before | after | gain | tools off, after |",
+             "|---|---|---|---|---|---|"]
+    for claim, paper, name, split in CLAIMS:
+        before, after = (figures(out, seeds, run, name, split) for run in ("start", "main"))
+        off = figures(out, seeds, "main", name, split, "off")
+        gains = [b - a for a, b in zip(before, after)]
+        lines.append(f"| {claim} | {paper} | {shown(before)} | {shown(after)} | "
+                     f"{shown(gains, '+')} | {shown(off)} |")
+    lines += ["", "| F1 | coding before | after | search before | after | text before | after |",
+              "|---|---|---|---|---|---|---|"]
+    for way in WAYS:
+        cells = [shown(figures(out, seeds, run, name, "all", way))
+                 for name in SETS for run in ("start", "main")]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    lines += ["", "| run | coding F1 | hard | search F1 | hard | EM | text F1 | tokens |",
+              "|---|---|---|---|---|---|---|---|"]
+    for run, spec in RUNS.items():
+        cells = [shown(figures(out, seeds, run, *of)) for of in
+                 (("coding", "all"), ("coding", "hard"), ("search", "all"), ("search", "hard"))]
+        cells.append(shown(figures(out, seeds, run, "search", "all", key="em")))
+        cells.append(shown(figures(out, seeds, run, "text", "all")))
+        cells.append(sampled_tokens(out, seeds, run))
+        lines.append(f"| {run}: {spec['title']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sampled_tokens(out: Path, seeds: list[int], run: str) -> str:
+    """Tokens that a run sampled in training, in thousands."""
+    sums = []
+    for seed in seeds:
+        path = out / f"{run}-{seed}" / "metrics.jsonl"
+        if path.exists():
+            sums.append(sum(json.loads(line)["tokens"] for line in path.open()))
+    return f"{fmean(sums) / 1000:.0f} k" if sums else "–"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--row", choices=RUNS, action="append", help="only these runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="runs side by side; default: the cores")
+    parser.add_argument("--show", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    seeds = list(range(args.seeds))
+    if not args.show:
+        args.out.mkdir(parents=True, exist_ok=True)
+        runs = ["start", *(args.row or RUNS)]
+        run_all(args.out, [(run, seed) for run in runs for seed in seeds], args.workers)
+    text = table(args.out, seeds)
+    if not args.show:
+        (args.out / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
