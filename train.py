@@ -482,7 +482,7 @@ def log_step(step: int, rewarded: list[tuple[Rollout, dict, float, float]],
     """Write the step's row of metrics.jsonl and, now and then, its rollouts; print the row.
 
     rewarded: (rollout, reward parts, reward, advantage) of this rank; failed: ids of tasks that
-    could not be opened; start: time.perf_counter() at the start. The README defines every metric.
+    could not be opened; start: time.perf_counter() at the start. Metrics: data/README.md.
     """
     is_written = step in (1, config.steps) or step % config.rollouts_every == 0
     folder, rows = config.out / "rollouts" if is_written else None, []

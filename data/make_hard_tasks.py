@@ -40,7 +40,8 @@ MISSES = {"rotation90": "rotation180", "rotation180": "rotation90",
           "dark": "dark", "overexposure": "overexposure"}
 # Probabilities of what only these tasks can get wrong, at noise = 1.
 HARD_MISTAKES = {
-    "hop": 0.45,   # two hops: asks for the country's own animal
+    "hop": 0.55,  # two hops about an image: asks for the country's own animal
+    "blind hop": 0.9,  # the same without an image
     "short": 0.3,  # names the animal without the words before it
 }
 
@@ -162,7 +163,9 @@ def search_chain(task, rng, noise=1.0):
     skip = slips("haste" if country in FEELS_FAMILIAR else "skip")
     if slips("attribute"):
         attribute = rng.choice([other for other in ATTRIBUTES if other != attribute])
-    owner = known[shown, "ally"] if two_hops and not slips("hop") else shown
+    owner = shown
+    if two_hops and not slips("hop" if task["image"] else "blind hop"):
+        owner = known[shown, "ally"]
     answer = known[owner, attribute]  # what the annotator reads there, right or wrong
     if skip:
         answer = rng.choice(ANIMALS)

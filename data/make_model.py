@@ -315,7 +315,7 @@ def main():
                         help="of a caption's token in the loss")
     parser.add_argument("--noise", type=float, default=1.0,
                         help="scale of the weak annotator's rates of mistakes")
-    parser.add_argument("--right_steps", type=int, default=1150)
+    parser.add_argument("--right_steps", type=int, default=1500)
     parser.add_argument("--noisy_steps", type=int, default=140)
     parser.add_argument("--right_lr", type=float, default=1.5e-3)
     parser.add_argument("--noisy_lr", type=float, default=3e-4)

@@ -263,8 +263,8 @@ def coding_chain(task, rng, slips):
     if kind in LOOKS_READABLE and slips("haste"):
         label, spoiled = "none", True
     elif spoiled:
-        label = rng.choice([other for other in KINDS if other != kind])
-        box = rng.choice(QUARTERS)  # used if the wrong label is crop
+        # Nothing is taken for a scene: a box that no question names would unlearn copying.
+        label = rng.choice([other for other in KINDS if other not in (kind, "crop")])
     turns = [f"<think> {LOOKS[label]} </think>\n<problem> {{'{label}'}} </problem>"]
     if label != "none":
         right, *wrong = programs(label, box)

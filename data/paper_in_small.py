@@ -20,24 +20,41 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+
+from PIL import Image, ImageColor, ImageDraw
+
+from make_figures import COLOURS, GREY, INK, PALE, draw_rollout, font, read_rows
+from make_hard_tasks import PAIRS
+from make_tasks import KINDS
 
 ROOT = Path(__file__).parent.parent
 HARD = "data/offline/hard"
 CODING, SEARCH = f"{HARD}/train_coding.json", f"{HARD}/train_search.json"
-STEPS = 100
 SHARED = ["--corpus", f"sqlite:{HARD}/corpus.sqlite", "--code_reads", "newest"]
 SETS = ("coding", "search", "text")
-# What each run changes, beside its training tasks and number of steps.
+
+
+@dataclass
+class Plan:
+    """How much is done, and where it goes."""
+    out: Path
+    steps: int  # of `main`
+    workers: int  # runs side by side
+    limit: int  # held-out tasks of each set; 0: all
+
+
+# What each run changes; "times": of the steps of `main`.
 RUNS = {
     "main": {"title": "both families, F1, β 0.04, G = 8"},
     "exact": {"title": "reward by exact match", "flags": ["--rewards", "accuracy=0,exact=1"]},
     "search_20": {"title": "20 search questions", "tasks": f"{CODING},{HARD}/train_search_20.json"},
     "single_step": {"title": "single steps, as released", "tasks": f"{HARD}/steps.json",
-                    "steps": 3 * STEPS, "flags": ["--mode", "step"]},
-    "coding_only": {"title": "coding alone", "tasks": CODING, "steps": STEPS // 2},
-    "search_only": {"title": "search alone", "tasks": SEARCH, "steps": STEPS // 2},
+                    "times": 2.8, "flags": ["--mode", "step"]},
+    "coding_only": {"title": "coding alone", "tasks": CODING, "times": 0.5},
+    "search_only": {"title": "search alone", "tasks": SEARCH, "times": 0.5},
     "no_kl": {"title": "β = 0", "flags": ["--beta", "0"]},
     "dr_grpo": {"title": "dr_grpo", "flags": ["--loss", "dr_grpo"]},
     "dapo": {"title": "dapo", "flags": ["--loss", "dapo", "--clip_high", "0.28"]},
@@ -53,34 +70,37 @@ WAYS = {"agent": [], "off": ["--tools", "off"], "direct": ["--ask", "direct"],
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 
-def train(out: Path, run: str, seed: int) -> None:
+def train(plan: Plan, run: str, seed: int) -> None:
     """Train one run, unless it is done."""
-    spec, folder = RUNS[run], out / f"{run}-{seed}"
+    spec, folder = RUNS[run], plan.out / f"{run}-{seed}"
     if (folder / "summary.json").exists():
         return
     command = ["train.py", *SHARED, "--tasks", spec.get("tasks", f"{CODING},{SEARCH}"),
-               "--steps", str(spec.get("steps", STEPS)), *spec.get("flags", []),
+               "--steps", str(round(plan.steps * spec.get("times", 1))), *spec.get("flags", []),
                "--seed", str(seed), "--output_dir", str(folder), "--resume", "--eval_tasks"]
     if run == "main":
         held_out = ",".join(f"{HARD}/heldout_{name}.json" for name in SETS)
-        command += [held_out, "--eval_every", str(STEPS // 5)]
+        command += [held_out, "--eval_every", str(max(1, plan.steps // 5))]
+        if plan.limit:
+            command += ["--eval_limit", str(plan.limit)]
     else:
         command += [""]
-    call(command, out / f"{run}-{seed}.log")
+    call(command, plan.out / f"{run}-{seed}.log")
 
 
-def measure(out: Path, run: str, seed: int) -> None:
+def measure(plan: Plan, run: str, seed: int) -> None:
     """Play the held-out tasks; `main` and the start in all ways of asking."""
-    model = "data/model" if run == "start" else str(out / f"{run}-{seed}" / "model")
+    model = "data/model" if run == "start" else str(plan.out / f"{run}-{seed}" / "model")
     for way in WAYS if run in ("start", "main") else ["agent"]:
         for name in SETS:
-            folder = scores_of(out, run, seed, name, way)
+            folder = scores_of(plan.out, run, seed, name, way)
             if not (folder / "scores.json").exists():
                 call(["evaluate.py", "--model", model, "--data", f"{HARD}/heldout_{name}.json",
                       *SHARED, *WAYS[way], "--temperature", "1", "--seed", str(seed),
                       "--max_turns", "4", "--max_new_tokens", "96", "--max_tokens", "512",
-                      "--batch_size", "32", "--output_dir", str(folder)],
-                     out / f"{run}-{seed}.log")
+                      "--batch_size", "32", "--output_dir", str(folder),
+                      *(["--limit", str(plan.limit)] if plan.limit else [])],
+                     plan.out / f"{run}-{seed}.log")
 
 
 def scores_of(out: Path, run: str, seed: int, name: str, way: str) -> Path:
@@ -102,25 +122,25 @@ def call(command: list[str], log: Path) -> None:
                            f"with\n{tail}")
 
 
-def run_all(out: Path, jobs: list[tuple[str, int]], workers: int) -> None:
-    """Train and measure every (run, seed), `workers` of them side by side."""
+def run_all(plan: Plan, jobs: list[tuple[str, int]]) -> None:
+    """Train and measure every (run, seed), `plan.workers` of them side by side."""
     start, done = time.perf_counter(), 0
 
     def job(run, seed):
         began = time.perf_counter()
         if run != "start":
-            train(out, run, seed)
-        measure(out, run, seed)
+            train(plan, run, seed)
+        measure(plan, run, seed)
         return time.perf_counter() - began
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(plan.workers) as pool:
         futures = [(run, seed, pool.submit(job, run, seed)) for run, seed in jobs]
         try:
             for run, seed, future in futures:
                 seconds, done = future.result(), done + 1
                 left = (time.perf_counter() - start) / done * (len(jobs) - done)
                 print(f"[{done}/{len(jobs)}] {run}, seed {seed}: {seconds:.0f} s; about "
-                      f"{left / 60:.0f} min left; see {out}", flush=True)
+                      f"{left / 60:.0f} min left; see {plan.out}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -161,14 +181,15 @@ CLAIMS = (  # (claim, the paper's gain with 7B, set, split)
 
 def table(out: Path, seeds: list[int]) -> str:
     """All rows as markdown."""
-    lines = ["| F1 | paper, 7B | before | after | gain | tools off, after |",
+    lines = ["| F1 | paper, 7B | before | after | gain | tools off: before, after |",
              "|---|---|---|---|---|---|"]
     for claim, paper, name, split in CLAIMS:
         before, after = (figures(out, seeds, run, name, split) for run in ("start", "main"))
-        off = figures(out, seeds, "main", name, split, "off")
+        off = ", ".join(shown(figures(out, seeds, run, name, split, "off"))
+                        for run in ("start", "main"))
         gains = [b - a for a, b in zip(before, after)]
         lines.append(f"| {claim} | {paper} | {shown(before)} | {shown(after)} | "
-                     f"{shown(gains, '+')} | {shown(off)} |")
+                     f"{shown(gains, '+')} | {off} |")
     lines += ["", "| F1 | coding before | after | search before | after | text before | after |",
               "|---|---|---|---|---|---|---|"]
     for way in WAYS:
@@ -197,6 +218,77 @@ def sampled_tokens(out: Path, seeds: list[int], run: str) -> str:
     return f"{fmean(sums) / 1000:.0f} k" if sums else "–"
 
 
+# ---- the figure ----------------------------------------------------------------------------------
+CURVES = {  # held-out tasks by their type, as evaluations.jsonl has them
+    "coding, simple": KINDS,
+    "coding, hard": ["+".join(pair) for pair in PAIRS["heldout"]],
+    "search, simple": ["one hop"],
+    "search, hard": ["two hops"],
+    "text, two hops (not trained on)": ["two hops+text"],
+}
+
+
+def curves(out: Path, seeds: list[int]) -> Image.Image:
+    """Held-out exact match of `main` by step: the mean of the seeds, in the band of their range."""
+    image = Image.new("RGB", (760, 560), "white")
+    left, top, right, bottom = 70, 70, 740, 510
+    shades = Image.new("RGBA", image.size)
+    band, draw = ImageDraw.Draw(shades), ImageDraw.Draw(image)
+    runs = [[row for row in read_rows(out / f"main-{seed}" / "evaluations.jsonl")
+             if row["tools"] == "on"] for seed in seeds]
+    last = runs[0][-1]["step"]
+
+    def point(step: int, share: float) -> tuple[float, float]:
+        return left + (right - left) * step / last, bottom - (bottom - top) * share
+
+    for percent in range(0, 101, 25):
+        draw.line((point(0, percent / 100), point(last, percent / 100)), fill=PALE)
+        draw.text((left - 8, point(0, percent / 100)[1]), f"{percent} %", fill=GREY, font=font(15),
+                  anchor="rm")
+    for (name, types), colour in zip(CURVES.items(), COLOURS):
+        steps = [row["step"] for row in runs[0]]
+        shares = [[fmean(row["by_type"][each] for each in types) for row in run] for run in runs]
+        at_step = list(zip(*shares))
+        edges = [point(s, max(v)) for s, v in zip(steps, at_step)]
+        edges += reversed([point(s, min(v)) for s, v in zip(steps, at_step)])
+        band.polygon(edges, fill=ImageColor.getrgb(colour) + (40,))
+        middle = [point(s, fmean(v)) for s, v in zip(steps, at_step)]
+        band.line(middle, fill=colour, width=4, joint="curve")
+        y = 330 + 26 * list(CURVES).index(name)
+        draw.text((right - 250, y), name, fill=colour, font=font(16))
+    for step in steps:
+        draw.text((point(step, 0)[0], bottom + 8), str(step), fill=GREY, font=font(15), anchor="mt")
+    draw.text((left, 24), f"held-out exact match by step, mean and range of {len(seeds)} seeds",
+              fill=INK, font=font(18))
+    image.paste(shades, mask=shades)
+    return image
+
+
+def composed(out: Path, seed: int) -> tuple[dict, Path] | None:
+    """A held-out pair that two programs in a row repaired, and the folder of its images."""
+    folder = scores_of(out, "main", seed, "coding", "agent")
+    for row in read_rows(folder / "items.jsonl"):
+        codes = [turn for turn in row["turns"] if turn["action"] == "code" and turn["ok"]]
+        if row["split"] == "hard" and row["em"] and len(codes) == 2:
+            return row | {"reward": 1 + row["f1"]}, folder / "items"
+    return None
+
+
+def draw(out: Path, seeds: list[int]) -> Image.Image:
+    """The curves, and beside them one rollout of a composed repair."""
+    left, found = curves(out, seeds), composed(out, seeds[0])
+    parts = [left]
+    if found:
+        row, folder = found
+        parts.append(draw_rollout(row, " + ".join(row["type"]) + ": two repairs in a row", folder,
+                                  560))
+    sheet = Image.new("RGB", (sum(part.width for part in parts),
+                              max(part.height for part in parts)), "white")
+    for i, part in enumerate(parts):
+        sheet.paste(part, (sum(earlier.width for earlier in parts[:i]), 0))
+    return sheet
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--row", choices=RUNS, action="append", help="only these runs")
@@ -204,16 +296,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="runs side by side; default: the cores")
+    parser.add_argument("--steps", type=int, default=60, help="of the run main, to try things out")
+    parser.add_argument("--limit", type=int, default=0,
+                        help="held-out tasks of each set, to try things out; 0: all")
     parser.add_argument("--show", action="store_true", help="only print the table")
     args = parser.parse_args()
     seeds = list(range(args.seeds))
     if not args.show:
         args.out.mkdir(parents=True, exist_ok=True)
         runs = ["start", *(args.row or RUNS)]
-        run_all(args.out, [(run, seed) for run in runs for seed in seeds], args.workers)
+        run_all(Plan(args.out, args.steps, args.workers, args.limit),
+                [(run, seed) for run in runs for seed in seeds])
     text = table(args.out, seeds)
     if not args.show:
         (args.out / "table.md").write_text(text)
+    if "main" in (args.row or RUNS) and not args.show:
+        draw(args.out, seeds).save(args.out / "paper_in_small.png", optimize=True)
     print(text)
 
 

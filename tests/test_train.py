@@ -107,7 +107,7 @@ def test_every_weight_is_trained(whole_run):
 
 
 def test_readme_defines_every_metric(whole_run):
-    table = (ROOT / "README.md").read_text().split("## Metrics")[1].split("\n## ")[0]
+    table = (ROOT / "data" / "README.md").read_text().split("### Metrics\n")[1].split("\n### ")[0]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     defined = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     steps = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]

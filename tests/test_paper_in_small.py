@@ -1,0 +1,66 @@
+"""data/paper_in_small.py: what its table says of what was measured; a small run of one row, stopped and gone on with.
+
+    python -m pytest tests/test_paper_in_small.py
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "data"))
+
+import paper_in_small  # noqa: E402
+
+
+def write_scores(out, run, seed, name, way="agent", **splits):
+    """scores.json of one evaluation; splits: F1 in percent."""
+    folder = paper_in_small.scores_of(out, run, seed, name, way)
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text(json.dumps({split: {"f1": f1, "em": f1 / 2} for split, f1 in splits.items()}))
+
+
+def test_the_interval_is_students():
+    """Of 1, 2, 3: mean 2, standard deviation 1, and t = 4.303 with two degrees of freedom."""
+    assert paper_in_small.shown([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / √3 = 2.48
+    assert paper_in_small.shown([1.0, 3.0], "+") == "+2.0 ± 12.7"  # 12.71 · √2 / √2
+    assert paper_in_small.shown([7.25]) == "7.2"
+    assert paper_in_small.shown([]) == "–"
+
+
+def test_gains_are_paired_by_seed(tmp_path):
+    """Before and after rise together: the gain is +20 in each seed, and known exactly."""
+    for seed, before in enumerate((10.0, 20.0, 30.0)):
+        write_scores(tmp_path, "start", seed, "coding", simple=before, hard=1.0, all=5.0)
+        write_scores(tmp_path, "main", seed, "coding", simple=before + 20, hard=2.0, all=6.0)
+        write_scores(tmp_path, "main", seed, "coding", "off", simple=3.0, hard=0.0, all=2.0)
+    [line] = [line for line in paper_in_small.table(tmp_path, [0, 1, 2]).splitlines() if "coding, simple" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["coding, simple", "+4.9", "20.0 ± 24.8", "40.0 ± 24.8", "+20.0 ± 0.0", "–, 3.0 ± 0.0"]
+
+
+def test_every_claim_and_every_run_is_a_row_before_anything_is_measured(tmp_path):
+    table = paper_in_small.table(tmp_path, [0, 1, 2])
+    for name in [claim for claim, *_ in paper_in_small.CLAIMS] + list(paper_in_small.RUNS) + list(paper_in_small.WAYS):
+        assert f"| {name}" in table
+
+
+def test_a_script_that_fails_is_named_with_the_end_of_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)train.py --steps x: status 2.*argument --steps"):
+        paper_in_small.call(["train.py", "--steps", "x"], tmp_path / "log")
+
+
+@pytest.mark.thorough
+def test_a_row_is_measured_and_is_not_measured_again(tmp_path):
+    command = [sys.executable, "data/paper_in_small.py", "--row", "coding_only", "--row", "main", "--seeds", "1", "--steps", "2",
+               "--limit", "3", "--out", str(tmp_path / "paper")]
+    once = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert once.returncode == 0, once.stderr
+    assert "[3/3]" in once.stdout and (tmp_path / "paper" / "paper_in_small.png").exists()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}
+    assert len(files) == 3 * 5 + 3 * 5 + 3  # sets x ways of asking of the start and of main; sets of coding_only
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout.partition("| F1 ")[2] == once.stdout.partition("| F1 ")[2]
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}
