@@ -357,13 +357,16 @@ def test_a_processed_image_is_a_new_image_and_code_reads_the_first(policy, tools
 def test_code_reads_the_newest_image_where_it_is_told_to(policy, tools):
     original = Image.effect_noise((56, 56), 90).convert("RGB")
     broken = "<code>from PIL import Image; Image.open('none.jpg')</code>"
-    chain = [f"<code>{INVERT}</code>", broken, f"<code>{WIDEN}</code>", f"<code>{INVERT}</code>"]
+    chain = [f"<code>{INVERT}</code>", broken, f"<code>{WIDEN}</code>", f"<code>{INVERT}</code>",
+             "<answer> 7 </answer>"]
     # What failed made no image, and the others' are not read
     tasks = [task(1, image=original), task(2, image=picture())]
     other = [f"<code>{COPY}</code>", "<answer> 7 </answer>"]
-    rollout, beside = play(policy, tasks, {1: chain, 2: other}, replace(tools, newest=True))
+    rollout, beside = play(policy, tasks, {1: chain, 2: other}, replace(tools, newest=True),
+                           replace(LIMITS, max_turns=5))
     inverted = ImageOps.invert(original)
-    seen = [original, inverted, inverted.resize((84, 56))]
+    widened = inverted.resize((84, 56))
+    seen = [original, inverted, widened, ImageOps.invert(widened)]
     assert [p.tobytes() for p in rollout.pictures] == [p.tobytes() for p in seen]
     assert [p.tobytes() for p in beside.pictures] == [picture().tobytes()] * 2
     [blank] = play(policy, task(), other, replace(tools, newest=True))

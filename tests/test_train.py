@@ -213,7 +213,7 @@ def test_flags_reach_the_code_tool_the_reward_and_the_held_out_files(code_reads,
     held_out = rows(tmp_path / "run" / "evaluations.jsonl")
     assert [(row["n"], sorted(row["by_type"])) for row in held_out] == [(2, ["dark", "rotation90"])] * 3
     shown = rows(tmp_path / "run" / "rollouts" / "step_1.jsonl")
-    assert all(row["reward_parts"]["accuracy"] == 0.8 and row["reward"] == 1.0 for row in shown) and len(shown) == 2
+    assert [(row["reward_parts"]["accuracy"], row["reward"]) for row in shown] == [(0.8, 1.0)] * 2
     pictures = [Image.open(tmp_path / "run" / "rollouts" / turn["image"]) for turn in shown[0]["turns"][:2]]
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in seen[1:]]
 
