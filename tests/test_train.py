@@ -200,8 +200,8 @@ def test_flags_reach_the_code_tool_the_reward_and_the_held_out_files(code_reads,
     both = f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}"
     played = run_of_a_chain(
         "--model", str(ROOT / "data/model"), "--corpus", f"sqlite:{ROOT}/data/offline/corpus.sqlite", "--steps=1",
-        "--prompts_per_step=1", "--group_size=2", "--beta=0", "--tasks", str(tmp_path / "a.json"), "--eval_tasks", both, "--code_reads", code_reads,
-        "--rewards=accuracy=0,exact=1", "--output_dir", str(tmp_path / "run"),
+        "--prompts_per_step=1", "--group_size=2", "--beta=0", "--tasks", str(tmp_path / "a.json"),
+        "--eval_tasks", both, "--code_reads", code_reads, "--rewards=accuracy=0,exact=1", "--output_dir", str(tmp_path / "run"),
         chain=INVERT_TWICE, monkeypatch=monkeypatch)
     inverted = ImageOps.invert(original)
     seen = [original, inverted, original if code_reads == "newest" else inverted]
