@@ -154,7 +154,7 @@ def test_every_row_of_metrics_has_the_same_keys():
     assert [s["reward_search"] for s in steps] == [0.5, None, None]
     assert [s["success"] for s in steps] == [1.0, 1.0, None] and empty["valid_turns"] is None
     lines = [step_line(s, 4) for s in steps]
-    parts = "(accuracy 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)"
+    parts = "(accuracy 1.00 exact 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)"
     assert f"{parts}  success 100%" in lines[0]
     assert "reward 1.00 (format 0.75)  success 100%" in lines[1]
     assert "reward 1.00 ()  kl 0.0000" in lines[2]
@@ -356,7 +356,7 @@ def test_bad_input_ends_the_process_with_a_line_and_a_status(settings, words, tm
 def test_help_lists_choices_and_the_parts_of_rewards():
     said = " ".join(run_script("train.py", "--help").stdout.split())
     for words in ("--mode {episode,step}", "--prompt {short,full}", "--loss {grpo,dr_grpo,dapo}",
-                  "in an episode format=1,accuracy=1,problem=0,tools=0,search=0; "
+                  "in an episode format=1,accuracy=1,exact=0,problem=0,tools=0,search=0; "
                   "in a step format=1,accuracy=1,search=1,code=1,problem=1"):
         assert words in said, said
 
