@@ -16,7 +16,8 @@ the two others are held out. No demonstration of the warm start shows any pair: 
 Search, hard: "Which animal is on the coin of the ally of this country?" takes two searches. Animals
 have one to three words, so that F1 is not exact match.
 
-Training and held-out tasks share no sign, no fact and no pair of degradations.
+Training and held-out tasks share no sign, no fact that is asked for and no pair of degradations.
+The twelve allies are the same in both.
 """
 import argparse
 import random

@@ -101,6 +101,8 @@ def test_several_files_are_one_set_of_tasks(tmp_path):
     tasks = prepare(Config(tasks=",".join(map(str, [*paths, paths[0]])), **flags))[0]
     assert [task["id"] for task in tasks[::20]] == ["search: 1", "coding: 1", "search: 13"]
     assert len(tasks) == 20 + 16 + 20
+    held_out = prepare(Config(**flags | {"eval_tasks": f"{paths[0]},{paths[1]}"}))[1]
+    assert [task["id"] for task in held_out[::20]] == ["search: 1", "coding: 1"] and len(held_out) == 20 + 16
     (tmp_path / "a,b.json").write_bytes(paths[1].read_bytes())
     (tmp_path / "a,b_images").symlink_to(tmp_path / "coding_images")
     assert len(prepare(Config(tasks=str(tmp_path / "a,b.json"), **flags))[0]) == 16

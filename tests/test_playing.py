@@ -614,6 +614,31 @@ def test_the_edited_code_is_what_runs():
         assert (result.image.size == size) if size else result.error
 
 
+@pytest.mark.parametrize("code_reads", ["first", "newest"])
+def test_code_reads_the_picture_that_the_flag_of_the_command_names(tmp_path, code_reads):
+    """The same code twice, from an endpoint: the picture is what it was, if the second one reads what the first one made."""
+    original = Image.effect_noise((56, 56), 90).convert("RGB")
+    original.save(tmp_path / "sign.png")
+    (tmp_path / "t.json").write_text(json.dumps([
+        {"question": "q", "answers": ["7"], "image_path": "sign.png", "family": "coding"}]))
+    invert = ("<code> ```python\nfrom PIL import Image, ImageOps\n"
+              "image = ImageOps.invert(Image.open('path_to_input_image.jpg'))\n"
+              "image.save('path_to_output_image.jpg', 'PNG')\n``` </code>")
+
+    def reply(messages):
+        turn = sum(message["role"] == "assistant" for message in messages)
+        return invert if turn < 2 else "<answer> 7 </answer>"
+    with ChatServer(reply) as server:
+        status = main(["--api", server.url, "--model", "m", "--data", str(tmp_path / "t.json"), "--corpus", CORPUS,
+                       "--output_dir", str(tmp_path / "out"), "--code_reads", code_reads])
+    assert status == 0
+    [row], inverted = items(tmp_path / "out"), ImageOps.invert(original)
+    assert row["em"] == 1.0
+    made = [Image.open(tmp_path / "out" / "items" / turn["image"]).convert("RGB") for turn in row["turns"][:2]]
+    second = original if code_reads == "newest" else inverted
+    assert [picture.tobytes() for picture in made] == [inverted.tobytes(), second.tobytes()]
+
+
 def test_the_released_context_is_one_user_turn_with_the_newest_image():
     policy, picture = shipped(), Image.new("RGB", (112, 56), "red")
     task = {**QUESTION, "family": "coding", "image": picture}

@@ -348,6 +348,17 @@ def test_a_step_weighs_its_own_part_as_the_format():
             ] == [1.5, 1.5, 1.5, 1.5]
 
 
+@pytest.mark.parametrize("answer, f1, paid", [("small red heron", 1.0, 1.0), ("The small, red heron!", 1.0, 1.0),
+                                              ("red heron", 0.8, 0.0), ("heron", 0.5, 0.0), ("owl", 0.0, 0.0),
+                                              (None, 0.0, 0.0)])
+def test_exact_match_as_the_reward_pays_nothing_for_a_part_of_the_answer(answer, f1, paid):
+    parts = episode_reward([VALID], answer, ["small red heron"])
+    assert (parts["accuracy"], parts["exact"]) == (f1, paid)
+    assert weighted_sum(parts, parse_weights("format=0,accuracy=0,exact=1")) == paid
+    assert weighted_sum(parts, parse_weights("accuracy=0,exact=1")) == 1.0 + paid
+    assert weighted_sum(parts) == 1.0 + f1  # it is only logged otherwise
+
+
 def test_a_part_without_a_weight_is_refused():
     with pytest.raises(ValueError) as error:
         weighted_sum({"format": 1.0, "speed": 1.0}, {"format": 1.0, "accuracy": 1.0})

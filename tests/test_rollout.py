@@ -2,6 +2,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -351,6 +352,25 @@ def test_a_processed_image_is_a_new_image_and_code_reads_the_first(policy, tools
     assert torch.equal(first, third) and not torch.equal(first, second)
     assert [turn.observation for turn in rollout.turns] == [
         "The processed image.", "The processed image.", None]
+
+
+def test_code_reads_the_newest_image_where_it_is_told_to(policy, tools):
+    original = Image.effect_noise((56, 56), 90).convert("RGB")
+    broken = "<code>from PIL import Image; Image.open('none.jpg')</code>"
+    chain = [f"<code>{INVERT}</code>", broken, f"<code>{WIDEN}</code>", f"<code>{INVERT}</code>",
+             "<answer> 7 </answer>"]
+    # What failed made no image, and the others' are not read
+    tasks = [task(1, image=original), task(2, image=picture())]
+    other = [f"<code>{COPY}</code>", "<answer> 7 </answer>"]
+    rollout, beside = play(policy, tasks, {1: chain, 2: other}, replace(tools, newest=True),
+                           replace(LIMITS, max_turns=5))
+    inverted = ImageOps.invert(original)
+    widened = inverted.resize((84, 56))
+    seen = [original, inverted, widened, ImageOps.invert(widened)]
+    assert [p.tobytes() for p in rollout.pictures] == [p.tobytes() for p in seen]
+    assert [p.tobytes() for p in beside.pictures] == [picture().tobytes()] * 2
+    [blank] = play(policy, task(), other, replace(tools, newest=True))
+    assert [p.size for p in blank.pictures] == [(28, 28)]
 
 
 def test_samples_of_a_task_do_not_share_their_processed_images(policy, tools):

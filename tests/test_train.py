@@ -6,6 +6,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,15 +18,17 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import run_script
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from data.files import holds, nothing_left, take_folder
 from data.flags import parse_flags
 from data.tasks import load_tasks
 from reward import WEIGHTS
-from train import Config, learning_rate, prepare, rollout_metrics, step_line
+from rollout import Rollout, replay, roll_out
+from train import Config, learning_rate, load, main, prepare, rollout_metrics, step_line
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = re.compile(r"seconds|tokens_per_s")
@@ -151,10 +154,68 @@ def test_every_row_of_metrics_has_the_same_keys():
     assert [s["reward_search"] for s in steps] == [0.5, None, None]
     assert [s["success"] for s in steps] == [1.0, 1.0, None] and empty["valid_turns"] is None
     lines = [step_line(s, 4) for s in steps]
-    parts = "(accuracy 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)"
+    parts = "(accuracy 1.00 exact 1.00 format 1.00 problem 1.00 search 0.50 tools 1.00)"
     assert f"{parts}  success 100%" in lines[0]
     assert "reward 1.00 (format 0.75)  success 100%" in lines[1]
     assert "reward 1.00 ()  kl 0.0000" in lines[2]
+
+
+# The same code twice: the picture is what it was, if the second one reads what the first one made.
+INVERT_TWICE = ["<think> t </think> <code> ```python\nfrom PIL import Image, ImageOps\n"
+                "image = ImageOps.invert(Image.open('path_to_input_image.jpg'))\n"
+                "image.save('path_to_output_image.jpg', 'PNG')\n``` </code>"] * 2
+INVERT_TWICE += ["<think> t </think> <answer> red heron </answer>"]
+
+
+def run_of_a_chain(*flags: str, chain: list[str], monkeypatch) -> list[Rollout]:
+    """A whole run in this process, whose every rollout says a recorded chain. Returns the rollouts in their order."""
+    played, threads = [], torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def recorded(policy, *args, **options):
+        rollouts, seconds = roll_out(policy, *args, **options, sampler=replay(policy, lambda task: chain))
+        played.extend(rollouts)
+        return rollouts, seconds
+    monkeypatch.setattr("train.roll_out", recorded)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread, as `run_script` has
+    config = parse_flags(Config, "", [f"--{name}={value}" for name, value in QUICK.items()] + list(flags))
+    tasks, held_out, search = prepare(config)
+    try:
+        main(config, tasks, held_out, search, *load(config, tasks, held_out))
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return played
+
+
+@pytest.mark.parametrize("code_reads", ["newest", pytest.param("first", marks=pytest.mark.thorough)])
+def test_flags_reach_the_code_tool_the_reward_and_the_held_out_files(code_reads, tmp_path, monkeypatch):
+    original = Image.effect_noise((56, 56), 90).convert("RGB")
+    original.save(tmp_path / "sign.png")
+    for name, kind in (("a", "dark"), ("b", "rotation90")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([
+            {"id": 1, "question": "q", "answers": ["small red heron"], "image_path": "sign.png", "type": [kind]}]))
+    both = f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}"
+    played = run_of_a_chain(
+        "--model", str(ROOT / "data/model"), "--corpus", f"sqlite:{ROOT}/data/offline/corpus.sqlite", "--steps=1",
+        "--prompts_per_step=1", "--group_size=2", "--beta=0", "--tasks", str(tmp_path / "a.json"),
+        "--eval_tasks", both, "--code_reads", code_reads, "--rewards=accuracy=0,exact=1", "--output_dir", str(tmp_path / "run"),
+        chain=INVERT_TWICE, monkeypatch=monkeypatch)
+    inverted = ImageOps.invert(original)
+    seen = [original, inverted, original if code_reads == "newest" else inverted]
+    # Held out before, training, held out after; then without tools
+    assert [rollout.task["id"] for rollout in played] == ["a: 1", "b: 1"] + [1] * 2 + ["a: 1", "b: 1"] * 2
+    for rollout in played[:-2]:
+        assert [picture.tobytes() for picture in rollout.pictures] == [picture.tobytes() for picture in seen]
+    assert [len(rollout.pictures) for rollout in played[-2:]] == [1, 1]
+    held_out = rows(tmp_path / "run" / "evaluations.jsonl")
+    assert [(row["n"], sorted(row["by_type"])) for row in held_out] == [(2, ["dark", "rotation90"])] * 3
+    shown = rows(tmp_path / "run" / "rollouts" / "step_1.jsonl")
+    assert [(row["reward_parts"]["accuracy"], row["reward"]) for row in shown] == [(0.8, 1.0)] * 2
+    pictures = [Image.open(tmp_path / "run" / "rollouts" / turn["image"]) for turn in shown[0]["turns"][:2]]
+    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in seen[1:]]
 
 
 README = (ROOT / "README.md").read_text() + (ROOT / "data" / "README.md").read_text()
@@ -295,7 +356,7 @@ def test_bad_input_ends_the_process_with_a_line_and_a_status(settings, words, tm
 def test_help_lists_choices_and_the_parts_of_rewards():
     said = " ".join(run_script("train.py", "--help").stdout.split())
     for words in ("--mode {episode,step}", "--prompt {short,full}", "--loss {grpo,dr_grpo,dapo}",
-                  "in an episode format=1,accuracy=1,problem=0,tools=0,search=0; "
+                  "in an episode format=1,accuracy=1,exact=0,problem=0,tools=0,search=0; "
                   "in a step format=1,accuracy=1,search=1,code=1,problem=1"):
         assert words in said, said
 
