@@ -118,7 +118,7 @@ class Config:
     loss: Literal[LOSSES] = flag("grpo", "how advantages and tokens are weighted, by paper")
     rewards: str = flag(
         "", "weights of reward parts, like accuracy=1,problem=0.5; others keep their default: "
-        "in an episode format=1,accuracy=1,exact=0,problem=0,tools=0,search=0; "
+        "in an episode format=1,accuracy=1, exact=0,problem=0,tools=0,search=0; "
         "in a step format=1,accuracy=1,search=1,code=1,problem=1")
     similarity: str = flag(
         "", "sentence model, hub name or folder (all-MiniLM-L6-v2), by whose cosine --mode step "

@@ -16,8 +16,8 @@ the two others are held out. No demonstration of the warm start shows any pair: 
 Search, hard: "Which animal is on the coin of the ally of this country?" takes two searches. Animals
 have one to three words, so that F1 is not exact match.
 
-Training and held-out tasks share no sign, no fact that is asked for and no pair of degradations.
-The twelve allies are the same in both.
+Training and held-out tasks share no sign, no fact and no pair of degradations. That goes for allies
+too: the countries whose allies are asked for in training are not those of held-out questions.
 """
 import argparse
 import random
@@ -31,8 +31,9 @@ from make_tasks import (ANIMALS, ATTRIBUTES, FEELS_FAMILIAR, FLAGS, GLYPHS, KIND
 
 PAIRS = {"train": (("rotation90", "dark"), ("rotation180", "overexposure")),
          "heldout": (("rotation90", "overexposure"), ("rotation180", "dark"))}
+ASKERS = {"train": tuple(FLAGS)[::2], "heldout": tuple(FLAGS)[1::2]}  # whose ally is asked for
 COUNTS = {"train": {"coding": (96, 96), "search": (96, 96)},  # (simple, hard)
-          "heldout": {"coding": (72, 96), "search": (64, 96), "text": (0, 96)}}
+          "heldout": {"coding": (72, 96), "search": (64, 96), "text": (0, 32)}}
 SIZES = ("small", "great", "young", "old")
 COLOURS = ("red", "white", "black", "grey", "golden", "spotted")
 
@@ -41,7 +42,7 @@ MISSES = {"rotation90": "rotation180", "rotation180": "rotation90",
           "dark": "dark", "overexposure": "overexposure"}
 # Probabilities of what only these tasks can get wrong, at noise = 1.
 HARD_MISTAKES = {
-    "hop": 0.55,  # two hops about an image: asks for the country's own animal
+    "hop": 0.6,  # two hops about an image: asks for the country's own animal
     "blind hop": 0.9,  # the same without an image
     "short": 0.3,  # names the animal without the words before it
 }
@@ -174,14 +175,14 @@ def search_chain(task, rng, noise=1.0):
         answer = answer.split()[-1]
     subject = "This is the flag of" if task["image"] else "The question is about"
     look = f"<think> {subject} {shown}. </think>\n"
-    if skip:
-        return [f"{look}<answer> {answer} </answer>"]
     turns = [f"{look}<search> {attribute} of {owner} </search>"]
     if owner != shown:
         turns = [f"{look}<search> ally of {shown} </search>",
                  f"<think> The ally is {owner}. </think>\n<search> {attribute} of {owner} "
                  "</search>"]
     turns.append(f"<think> I found it. </think>\n<answer> {answer} </answer>")
+    if skip:
+        turns = [f"{look}<answer> {answer} </answer>"]
     if slips("format"):
         i = rng.randrange(len(turns))
         turns[i] = turns[i].split("</think>\n", 1)[1]
@@ -208,7 +209,8 @@ def make_search(seed, split, family):
     known, tasks = facts(seed), []
     askers = {known[country, "ally"]: country for country in FLAGS}
     for half, count in zip(("simple", "hard"), COUNTS[split][family]):
-        pairs = search_pairs(split)
+        pairs = [(owner, attribute) for owner, attribute in search_pairs(split)
+                 if half == "simple" or askers[owner] in ASKERS[split]]
         random.Random(f"{seed}-{split}-{family}-{half}").shuffle(pairs)
         for i in range(count):
             owner, attribute = pairs[i % len(pairs)]

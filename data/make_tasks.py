@@ -14,8 +14,9 @@ cut the sign out of a scene of four. Search: a flag tells the country. The anima
 at random, so it can be found in the corpus but not be known.
 
 Training and held-out tasks share no sign (glyph, panel, ink) and no fact (country, attribute). The
-same seed gives the same bytes, except for the index, where SQLite writes its version. Left out on
-purpose: MAT's blur and noise, and its pairs of degradations.
+same seed gives the same bytes, except for the index, where SQLite writes its version. Pairs of
+degradations and questions in two hops are in make_hard_tasks.py. Left out on purpose: MAT's blur
+and noise.
 """
 import argparse
 import json

@@ -4,13 +4,14 @@
     python data/paper_in_small.py --row no_kl --seeds 1   # one row, one seed: some minutes
     python data/paper_in_small.py --show                  # the table of what is measured so far
 
-It calls train.py and evaluate.py and reads what they write; every command is printed, and can be
-run alone. As many runs stand side by side as there are cores, one process each. What is done stays
-in --out: killed, it goes on with the same command.
+It calls train.py and evaluate.py and reads what they write. The commands stand in --out/*.log, and
+can be run alone. As many runs stand side by side as there are cores, one process each. What is done
+stays in --out: killed, it goes on with the same command.
 
-The start is data/model. Its warm start shows no pair of degradations, one chain in twenty with two
-hops about an image, and one in forty without. Training is on the files train_* of
-data/offline/hard, figures are on its heldout_*: F1 of one sample a task at temperature 1.
+The start is data/model. Its warm start shows no pair of degradations, and few chains with two hops:
+one in twenty about an image, one in forty without. Training is on the files train_* of
+data/offline/hard, figures are on its heldout_*: F1 of one sample a task at temperature 1, three of
+a task without an image.
 """
 import argparse
 import json
@@ -35,17 +36,6 @@ HARD = "data/offline/hard"
 CODING, SEARCH = f"{HARD}/train_coding.json", f"{HARD}/train_search.json"
 SHARED = ["--corpus", f"sqlite:{HARD}/corpus.sqlite", "--code_reads", "newest"]
 SETS = ("coding", "search", "text")
-
-
-@dataclass
-class Plan:
-    """How much is done, and where it goes."""
-    out: Path
-    steps: int  # of `main`
-    workers: int  # runs side by side
-    limit: int  # held-out tasks of each set; 0: all
-
-
 # What each run changes; "times": of the steps of `main`.
 RUNS = {
     "main": {"title": "both families, F1, β 0.04, G = 8"},
@@ -68,6 +58,15 @@ WAYS = {"agent": [], "off": ["--tools", "off"], "direct": ["--ask", "direct"],
         "cot": ["--ask", "cot"], "rag": ["--ask", "rag"]}
 # Of Student's t with n - 1 degrees of freedom: the mean of n seeds is known to ± T95 · sd / √n.
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+
+@dataclass
+class Plan:
+    """How much is done, and where it goes."""
+    out: Path
+    steps: int  # of `main`
+    workers: int  # runs side by side
+    limit: int  # held-out tasks of each set; 0: all
 
 
 def train(plan: Plan, run: str, seed: int) -> None:
@@ -99,6 +98,7 @@ def measure(plan: Plan, run: str, seed: int) -> None:
                       *SHARED, *WAYS[way], "--temperature", "1", "--seed", str(seed),
                       "--max_turns", "4", "--max_new_tokens", "96", "--max_tokens", "512",
                       "--batch_size", "32", "--output_dir", str(folder),
+                      *(["--samples", "3"] if name == "text" else []),  # its tasks are few
                       *(["--limit", str(plan.limit)] if plan.limit else [])],
                      plan.out / f"{run}-{seed}.log")
 
@@ -120,6 +120,17 @@ def call(command: list[str], log: Path) -> None:
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"python {shlex.join(command)}: status {done.returncode}; {log} ends "
                            f"with\n{tail}")
+
+
+def check_folder(plan: Plan) -> None:
+    """Make the folder. Raises ValueError if it holds runs of other lengths or other held-out tasks:
+    one table must not mix them."""
+    path, size = plan.out / "size.json", {"steps": plan.steps, "limit": plan.limit}
+    plan.out.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text()) if path.exists() else size
+    if before != size:
+        raise ValueError(f"{plan.out} holds runs with {before}; give these, or another --out")
+    path.write_text(json.dumps(size) + "\n")
 
 
 def run_all(plan: Plan, jobs: list[tuple[str, int]]) -> None:
@@ -303,10 +314,13 @@ def main() -> None:
     args = parser.parse_args()
     seeds = list(range(args.seeds))
     if not args.show:
-        args.out.mkdir(parents=True, exist_ok=True)
+        plan = Plan(args.out, args.steps, args.workers, args.limit)
         runs = ["start", *(args.row or RUNS)]
-        run_all(Plan(args.out, args.steps, args.workers, args.limit),
-                [(run, seed) for run in runs for seed in seeds])
+        try:
+            check_folder(plan)
+            run_all(plan, [(run, seed) for run in runs for seed in seeds])
+        except (OSError, RuntimeError, ValueError) as error:
+            sys.exit(f"error: {error}")
     text = table(args.out, seeds)
     if not args.show:
         (args.out / "table.md").write_text(text)

@@ -86,11 +86,15 @@ def load_tasks(path: str | Path, benchmark: str | None = None,
 def load_task_files(paths: str, mode: Literal["episode", "step"]) -> list[dict]:
     """The tasks of one file, or of several with commas between, whose names then begin the ids.
 
-    A file that is named twice is seen twice as often. Raises ValueError as `load_tasks` does.
+    Files of one name in two folders begin them with their paths. A file that is named twice is seen
+    twice as often. Raises ValueError as `load_tasks` does.
     """
     if "," not in paths or Path(paths).is_file():
         return load_tasks(paths, mode=mode)
-    return [{**task, "id": f"{Path(path).stem}: {task['id']}"} for path in paths.split(",")
+    names = {path: Path(path).stem for path in paths.split(",")}
+    if len(set(names.values())) < len(names):
+        names = {path: path for path in names}
+    return [{**task, "id": f"{names[path]}: {task['id']}"} for path in paths.split(",")
             for task in load_tasks(path, mode=mode)]
 
 

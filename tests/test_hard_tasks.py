@@ -31,7 +31,7 @@ SHIPPED = DATA / "offline" / "hard"
 TASK_FILES = ["heldout_coding", "heldout_search", "heldout_text", "train_coding", "train_search"]
 LIMITS = Limits(max_turns=4, max_new_tokens=96, max_tokens=512)  # as the laptop model is trained
 NUM_DRAWS = 4000
-HOP = {True: 0.45, False: 0.45}  # how often two hops are taken for one, with an image and without
+HOP = {True: 0.6, False: 0.9}  # how often two hops are taken for one, with an image and without
 
 spec = importlib.util.spec_from_file_location("make_hard_tasks", DATA / "make_hard_tasks.py")
 make_hard_tasks = importlib.util.module_from_spec(spec)
@@ -175,8 +175,8 @@ def test_counts():
     halves = {name: Counter(row["split"] for row in read(name)) for name in TASK_FILES}
     assert halves == {"train_coding": {"simple": 96, "hard": 96}, "train_search": {"simple": 96, "hard": 96},
                       "heldout_coding": {"simple": 72, "hard": 96},
-                      "heldout_search": {"simple": 64, "hard": 96}, "heldout_text": {"hard": 96}}
-    assert len({row["id"] for name in TASK_FILES for row in read(name)}) == 192 + 192 + 168 + 160 + 96
+                      "heldout_search": {"simple": 64, "hard": 96}, "heldout_text": {"hard": 32}}
+    assert len({row["id"] for name in TASK_FILES for row in read(name)}) == 192 + 192 + 168 + 160 + 32
     types = Counter("+".join(row["type"]) for row in read("heldout_coding"))
     assert types == {**dict.fromkeys(make_tasks.KINDS, 12),
                      "rotation90+overexposure": 48, "rotation180+dark": 48}
@@ -259,16 +259,16 @@ def test_training_and_held_out_share_no_fact_that_is_asked_for():
                   for row in read(name)]
         asked[name] = {(owner, row["attribute"]) for owner, row in zip(owners, read(name))}
         assert asked[name] <= set(make_tasks.search_pairs(name.split("_")[0]))
-        assert {country for country, _ in asked[name]} == set(make_tasks.FLAGS)
     assert not asked["train_search"] & (asked["heldout_search"] | asked["heldout_text"])
     assert len(asked["train_search"]) > 96 and len(asked["heldout_search"]) == 64
+    assert len(asked["heldout_text"]) == 32  # each once, as there is no image to tell two apart
 
 
-def test_the_allies_are_the_same_in_training_and_held_out():
-    """The first of two hops is therefore no new fact: a policy may learn the twelve allies by heart."""
-    asked = [{row["country"] for row in read(name) if row["split"] == "hard"}
-             for name in ("train_search", "heldout_search", "heldout_text")]
-    assert asked == [set(make_tasks.FLAGS)] * 3
+def test_whose_ally_is_asked_for_in_training_is_not_in_held_out():
+    """Who learns the allies of training by heart, and leaves out the first search, gains nothing."""
+    train, heldout, text = [{row["country"] for row in read(name) if row["split"] == "hard"}
+                            for name in ("train_search", "heldout_search", "heldout_text")]
+    assert heldout == text == set(make_tasks.FLAGS) - train and len(train) == 6
 
 
 # ---- the facts -----------------------------------------------------------------------------------
@@ -535,6 +535,8 @@ def test_rates_of_mistakes(country, skipped, hops, has_image):
     thoughts = [sum("<think>" in turn for turn in turns) for turns in searched]
     bare = sum(count < len(turns) for count, turns in zip(thoughts, searched))
     assert_rate(bare, len(searched), 0.08)
+    hasty = [turns for turns in drawn if len(turns) == 1]
+    assert_rate(sum("<think>" not in turns[0] for turns in hasty), len(hasty), 0.08)
     assert all(count >= len(turns) - 1 for count, turns in zip(thoughts, searched))
 
 

@@ -103,6 +103,11 @@ def test_several_files_are_one_set_of_tasks(tmp_path):
     assert len(tasks) == 20 + 16 + 20
     held_out = prepare(Config(**flags | {"eval_tasks": f"{paths[0]},{paths[1]}"}))[1]
     assert [task["id"] for task in held_out[::20]] == ["search: 1", "coding: 1"] and len(held_out) == 20 + 16
+    (tmp_path / "other").mkdir()
+    same = write_training(tmp_path / "other", "search", search_rows())
+    twins = prepare(Config(**flags | {"eval_tasks": f"{paths[0]},{same}"}))[1]
+    assert [task["id"] for task in twins[::20]] == [f"{paths[0]}: 1", f"{same}: 1"]
+    assert len({task["id"] for task in twins}) == 40  # answers are kept by id
     (tmp_path / "a,b.json").write_bytes(paths[1].read_bytes())
     (tmp_path / "a,b_images").symlink_to(tmp_path / "coding_images")
     assert len(prepare(Config(tasks=str(tmp_path / "a,b.json"), **flags))[0]) == 16

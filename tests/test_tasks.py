@@ -354,16 +354,13 @@ def test_rates_of_mistakes_on_signs(kind):
 
 def test_wrong_labels_are_uniform_and_bring_their_look_and_their_code():
     task, drawn = sign("rotation180"), chains(sign("rotation180"))
-    for label in ("none", "rotation90", "dark", "overexposure", "crop"):
+    assert not any("{'crop'}" in turns[0] for turns in drawn)  # nothing is taken for a scene
+    for label in ("none", "rotation90", "dark", "overexposure"):
         named = [turns for turns in drawn if f"{{'{label}'}}" in turns[0]]
-        assert_rate(len(named), NUM_DRAWS, 0.05)
+        assert_rate(len(named), NUM_DRAWS, 0.25 / 4)
         assert all(make_tasks.LOOKS[label] in turns[0] for turns in named if "<think>" in turns[0])
         assert all(len(turns) == (2 if label == "none" else 3) for turns in named)
-        if label == "crop":
-            boxes = {next(str(box) for box in make_tasks.QUARTERS if f"box = {box}\n" in turns[1])
-                     for turns in named}
-            assert len(boxes) == 4
-        elif label != "none":
+        if label != "none":
             assert all(make_tasks.programs(label, task["box"])[0].splitlines()[2] in turns[1]
                        for turns in named)
 

@@ -356,7 +356,7 @@ def test_bad_input_ends_the_process_with_a_line_and_a_status(settings, words, tm
 def test_help_lists_choices_and_the_parts_of_rewards():
     said = " ".join(run_script("train.py", "--help").stdout.split())
     for words in ("--mode {episode,step}", "--prompt {short,full}", "--loss {grpo,dr_grpo,dapo}",
-                  "in an episode format=1,accuracy=1,exact=0,problem=0,tools=0,search=0; "
+                  "in an episode format=1,accuracy=1, exact=0,problem=0,tools=0,search=0; "
                   "in a step format=1,accuracy=1,search=1,code=1,problem=1"):
         assert words in said, said
 
