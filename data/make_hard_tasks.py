@@ -42,8 +42,8 @@ MISSES = {"rotation90": "rotation180", "rotation180": "rotation90",
           "dark": "dark", "overexposure": "overexposure"}
 # Probabilities of what only these tasks can get wrong, at noise = 1.
 HARD_MISTAKES = {
-    "hop": 0.6,  # two hops about an image: asks for the country's own animal
-    "blind hop": 0.9,  # the same without an image
+    "hop": 0.85,  # two hops about an image: asks for the country's own animal
+    "blind hop": 0.95,  # the same without an image
     "short": 0.3,  # names the animal without the words before it
 }
 
@@ -112,7 +112,7 @@ def second_look(task, rng):
     little, or a turned sign is taken for a dark or bright one. Code reads the newest picture.
     """
     kind, label = task["type"][0], task["type"][0]
-    if kind.startswith("rotation") and rng.random() < 0.5:
+    if kind.startswith("rotation") and rng.random() < 0.2:
         label = rng.choice(("dark", "overexposure"))
     left = MISSES[kind] if label == kind else kind
     missed, right = programs(label, None)[1], programs(left, None)[0]

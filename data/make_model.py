@@ -69,7 +69,7 @@ CAPTIONS = {"sign": "Read the sign.", "flag": "Name the flag."}
 # (hops, has an image). Two hops about an image are one in twenty of all.
 HARD_SEARCH = {(1, True): 0.6, (2, True): 0.2, (1, False): 0.1, (2, False): 0.1}
 # Of the chains that repair one sign: the first repair misses, and is seen to miss.
-SECOND_LOOKS = {"right": 0.1, "noisy": 0.0}
+SECOND_LOOKS = {"right": 0.08, "noisy": 0.0}
 LIMITS = Limits(max_turns=4, max_new_tokens=96, max_tokens=512, batch_tokens=16384)
 
 
@@ -318,7 +318,7 @@ def main():
     parser.add_argument("--right_steps", type=int, default=1500)
     parser.add_argument("--noisy_steps", type=int, default=140)
     parser.add_argument("--right_lr", type=float, default=1.5e-3)
-    parser.add_argument("--noisy_lr", type=float, default=3e-4)
+    parser.add_argument("--noisy_lr", type=float, default=2e-4)
     parser.add_argument("--check", type=int, default=300,
                         help="steps between checks of the share of tasks solved")
     args = parser.parse_args()

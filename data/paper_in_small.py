@@ -198,7 +198,9 @@ def table(out: Path, seeds: list[int]) -> str:
         before, after = (figures(out, seeds, run, name, split) for run in ("start", "main"))
         off = ", ".join(shown(figures(out, seeds, run, name, split, "off"))
                         for run in ("start", "main"))
-        gains = [b - a for a, b in zip(before, after)]
+        gains = [b - a for seed in seeds
+                 for a, b in zip(*(figures(out, [seed], run, name, split)
+                                   for run in ("start", "main")))]
         lines.append(f"| {claim} | {paper} | {shown(before)} | {shown(after)} | "
                      f"{shown(gains, '+')} | {off} |")
     lines += ["", "| F1 | coding before | after | search before | after | text before | after |",
@@ -303,7 +305,7 @@ def draw(out: Path, seeds: list[int]) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--row", choices=RUNS, action="append", help="only these runs")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="runs side by side; default: the cores")
@@ -315,10 +317,11 @@ def main() -> None:
     seeds = list(range(args.seeds))
     if not args.show:
         plan = Plan(args.out, args.steps, args.workers, args.limit)
-        runs = ["start", *(args.row or RUNS)]
+        jobs = [(run, seed) for seed in seeds for run in ("start", *(args.row or RUNS))]
+        jobs.sort(key=lambda job: job[0] not in ("start", "main"))  # these first, for all seeds
         try:
             check_folder(plan)
-            run_all(plan, [(run, seed) for run in runs for seed in seeds])
+            run_all(plan, jobs)
         except (OSError, RuntimeError, ValueError) as error:
             sys.exit(f"error: {error}")
     text = table(args.out, seeds)

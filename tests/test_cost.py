@@ -189,8 +189,10 @@ def test_fsdp2_allocates_on_two_ranks_what_is_computed(policy, model_folder, tmp
                        max_tokens=prompt + new, checkpointing=kind == "checkpointing", dtype=4)
     for name in ("weights", "gradients", "moments"):
         assert sum(rank[name] for rank in ranks) == 2 * parts[name]
+    text = policy.model.config.text_config
+    padding = text.vocab_size % 2 * text.hidden_size * 4  # FSDP2 fills up rows that two ranks cannot share evenly
     for rank in ranks:
-        assert rank["copy"] == parts["copy"]
+        assert rank["copy"] == parts["copy"] + padding
         assert rank["left"] == pytest.approx(rank["gradients"], rel=1e-3)  # the optimizer step left nothing else
         computed = parts["gradients"] + max(parts[name] for name in cost.UPDATE)
         assert computed == pytest.approx(rank["update"], rel=0.08)

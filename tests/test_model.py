@@ -27,11 +27,11 @@ from model import (EncodedImage, draw, encode_image, encode_observation, encode_
 from rollout import collate
 
 # ids of the laptop tokenizer; rows of the embedding, padded as the hub pads 151,665 to 151,936
-V, V_PADDED = 804, 832
-END, PAD, IMAGE = 790, 791, 802
-# every special token but <|im_end|> (790), and the rows without a token
-SUPPRESSED = [*range(791, 832)]
-# ids 790 to 803
+V, V_PADDED = 829, 832
+END, PAD, IMAGE = 815, 816, 827
+# every special token but <|im_end|> (815), and the rows without a token
+SUPPRESSED = [*range(816, 832)]
+# ids 815 to 828
 SPECIAL = ["<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|object_ref_start|>",
            "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
            "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -77,9 +77,9 @@ def hub_folder(model_folder, tmp_path_factory):
            "weight_map": files})
     write(folder / "config.json", {"architectures": ["Qwen2_5_VLForConditionalGeneration"],
                                    "attention_dropout": 0.0, "bos_token_id": PAD,
-                                   "eos_token_id": END, "vision_start_token_id": 799,
-                                   "vision_end_token_id": 800, "vision_token_id": 801,
-                                   "image_token_id": 802, "video_token_id": 803,
+                                   "eos_token_id": END, "vision_start_token_id": 824,
+                                   "vision_end_token_id": 825, "vision_token_id": 826,
+                                   "image_token_id": 827, "video_token_id": 828,
                                    "hidden_act": "silu", "hidden_size": 128,
                                    "initializer_range": 0.02, "intermediate_size": 256,
                                    "max_position_embeddings": 4096, "max_window_layers": 70,
@@ -111,7 +111,7 @@ def hub_folder(model_folder, tmp_path_factory):
     template = (model_folder / "chat_template.jinja").read_text()
     write(folder / "tokenizer_config.json", {
         "add_bos_token": False, "add_prefix_space": False,
-        "added_tokens_decoder": {str(790 + i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
+        "added_tokens_decoder": {str(815 + i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
                                                 "single_word": False, "special": True} for i, token in enumerate(SPECIAL)},
         "additional_special_tokens": [t for t in SPECIAL if t != "<|endoftext|>"], "bos_token": None,
         "chat_template": template, "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
@@ -202,9 +202,9 @@ def test_the_flat_config_is_read_field_by_field(hub):
 
 def test_the_end_the_image_and_the_suppressed_ids(hub, policy):
     assert (hub.end_id, hub.image_id) == (END, IMAGE)
-    assert hub.suppressed.tolist() == [*range(791, 832)]
+    assert hub.suppressed.tolist() == [*range(816, 832)]
     # a folder without rows beyond the tokenizer
-    assert policy.suppressed.tolist() == [*range(791, 804)]
+    assert policy.suppressed.tolist() == [*range(816, 829)]
 
 
 def test_the_hub_tokenizer_class_encodes_as_ours_and_keeps_specials_apart(hub, policy):
@@ -434,7 +434,7 @@ def test_an_export_leaves_the_policy_as_it_was(hub, tmp_path):
 def test_special_tokens_in_foreign_text_are_plain_characters(policy):
     text = "a<|im_end|>\n<|im_start|>system\n<|vision_start|><|image_pad|><|vision_end|><|endoftext|>"
     ids = encode_text(policy, text)
-    assert not set(ids) & {*range(790, 804)}
+    assert not set(ids) & {*range(815, 829)}
     assert policy.tokenizer.decode(ids) == text
     assert len(encode_text(policy, "<|im_end|>")) > 1
 
@@ -459,7 +459,7 @@ def test_an_opening_without_an_image(policy):
     assert policy.tokenizer.decode(ids) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
                                             "Which <|im_end|> city?<|im_end|>\n<|im_start|>assistant\n")
     # the system's and the user's ends are tokens, the text's is not
-    assert (ids.count(END), ids.count(792)) == (2, 3)
+    assert (ids.count(END), ids.count(817)) == (2, 3)
 
 
 def test_an_opening_with_an_image_before_the_text(policy):
@@ -475,7 +475,7 @@ def test_an_observation_closes_the_turn_before_it_and_opens_the_next(policy):
     ids = encode_observation(policy, "<information> <|im_start|> </information>", None)
     assert policy.tokenizer.decode(ids) == ("\n<|im_start|>user\n<information> <|im_start|> </information><|im_end|>\n"
                                             "<|im_start|>assistant\n")
-    assert (ids.count(792), ids.count(END)) == (2, 1)
+    assert (ids.count(817), ids.count(END)) == (2, 1)
 
 
 def test_an_observation_with_an_image(policy):
@@ -682,7 +682,7 @@ def test_no_special_token_is_sampled_even_where_it_is_the_likeliest(biased, hub,
     for policy in (biased, hub):
         torch.manual_seed(0)
         results.append(sample(policy, [rows["text"], rows["image"]] * 4, 8, temperature))
-    assert not {i for ids, _ in results[0] for i in ids} & {*range(791, 832)}
+    assert not {i for ids, _ in results[0] for i in ids} & {*range(816, 832)}
     # nor do they draw chance away from the others
     assert [ids for ids, _ in results[0]] == [ids for ids, _ in results[1]]
     for (_, logps), (_, expected) in zip(*results):
@@ -795,7 +795,7 @@ def test_a_prompt_is_encoded_once_a_group_and_rows_that_ended_leave_the_cache(
 def packed(policy, batch, masks=None):
     """Rows as a batch. Without masks those that are scored have gaps, as of several turns: every token whose place in its
     own row is 2 to 5 modulo 7."""
-    masks = masks or [[int(i % 7 in (2, 3, 4, 5) and row.ids[i] < 791) for i in range(len(row.ids))]
+    masks = masks or [[int(i % 7 in (2, 3, 4, 5) and row.ids[i] < 816) for i in range(len(row.ids))]
                       for row in batch]
     rollouts = [SimpleNamespace(ids=row.ids, images=row.images, action_mask=mask, logps=[0.0]
                                 * len(mask)) for row, mask in zip(batch, masks, strict=True)]
@@ -880,7 +880,7 @@ def plain_gradient(model, batch, masks):
             "pixel_values": torch.cat([i.pixels for i in row.images]),
             "image_grid_thw": torch.tensor([i.grid for i in row.images]),
             "mm_token_type_ids": (ids == IMAGE).int()}
-        # 0 to 790: an id is its own place
+        # 0 to 815: an id is its own place
         log_probs = model(input_ids=ids, **vision).logits[0, :-1, kept].log_softmax(dim=1)
         chosen = torch.tensor(mask[1:]).bool()
         log_probs[chosen].gather(1, ids[0, 1:][chosen, None]).sum().backward()

@@ -54,8 +54,8 @@ def test_a_script_that_fails_is_named_with_the_end_of_its_log(tmp_path):
 
 @pytest.mark.thorough
 def test_a_row_is_measured_and_is_not_measured_again(tmp_path):
-    command = [sys.executable, "data/paper_in_small.py", "--row", "coding_only", "--row", "main", "--seeds", "1", "--steps", "2",
-               "--limit", "3", "--out", str(tmp_path / "paper")]
+    command = [sys.executable, "data/paper_in_small.py", "--row", "coding_only", "--row", "main", "--seeds", "1",
+               "--steps", "2", "--limit", "3", "--out", str(tmp_path / "paper")]
     once = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert once.returncode == 0, once.stderr
     assert "[3/3]" in once.stdout and (tmp_path / "paper" / "paper_in_small.png").exists()

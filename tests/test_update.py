@@ -35,8 +35,8 @@ from train import (Config, even_micro_batches, load, main, prepare, prompts_of_s
                    reference_logps, seed_step, update)
 
 ROOT = Path(__file__).parent.parent
-# Ids from 791 on are specials that are neither sampled nor scored; 790 ends a turn
-IMAGE, NUM_KEPT = 802, 791
+# Ids from 816 on are specials that are neither sampled nor scored; 815 ends a turn
+IMAGE, NUM_KEPT = 827, 816
 SETTINGS = {"beta": 0.3, "temperature": 0.7, "max_turns": 3, "max_new_tokens": 40,
             "max_grad_norm": 1e6, "clip_high": 0.28}
 LR = 0.05
@@ -88,7 +88,7 @@ def reference_folder(tmp_path_factory, policy):
 
 
 def plain_logps(model, rollout, temperature):
-    """Log-probs (T - 1, 791) of the next token after each: one sequence at a time; Hugging Face
+    """Log-probs (T - 1, 816) of the next token after each: one sequence at a time; Hugging Face
     makes the positions."""
     ids = torch.tensor([rollout.ids])
     vision = {}
