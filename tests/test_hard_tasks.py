@@ -404,7 +404,7 @@ def test_a_second_look_ends_with_a_readable_sign(policy, code, kind, draws):
     chains = [make_hard_tasks.second_look(task, random.Random(seed)) for seed, task in enumerate(tasks)]
     rollouts = play(policy, tasks, chains, Tools(code, newest=True))
     assert_within_limits(rollouts)
-    labels = set()
+    labels = Counter()
     for task, rollout in zip(tasks, rollouts):
         assert [turn.action.kind for turn in rollout.turns] == ["problem", "code", "code", "answer"]
         _, missed, repaired = rollout.pictures
@@ -414,9 +414,13 @@ def test_a_second_look_ends_with_a_readable_sign(policy, code, kind, draws):
         assert rollout.answer == task["answers"][0]
         # No pair: one degradation, one label
         assert task["type"] == [kind] and error(task["image"], make_tasks.degrade(task["clean"], kind)) == 0
-        labels.add(parse_action(rollout.turns[0].text).content)
-    assert labels == {f"{{'{each}'}}" for each in
-                      ({kind, "dark", "overexposure"} if kind.startswith("rotation") else {kind})}
+        labels[parse_action(rollout.turns[0].text).content.strip("{'}")] += 1
+    assert set(labels) <= {kind, "dark", "overexposure"}
+    if draws > 100 and kind.startswith("rotation"):  # one in five is taken for a fault of light
+        assert_rate(labels["dark"], draws, 0.1)
+        assert_rate(labels["overexposure"], draws, 0.1)
+    elif not kind.startswith("rotation"):
+        assert set(labels) == {kind}
 
 
 def test_a_second_look_says_what_is_left_to_repair():
