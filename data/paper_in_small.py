@@ -166,8 +166,9 @@ def figures(out: Path, seeds: list[int], run: str, name: str, split: str, way: s
     found = []
     for seed in seeds:
         path = scores_of(out, run, seed, name, way) / "scores.json"
-        if path.exists():
-            found.append(json.loads(path.read_text())[split][key])
+        scores = json.loads(path.read_text()) if path.exists() else {}
+        if split in scores:  # with --limit there may be no hard task
+            found.append(scores[split][key])
     return found
 
 

@@ -34,7 +34,7 @@ def test_the_plan_of_the_laptop_run(tmp_path):
     done = run_script("train.py", "--dry_run", "--output_dir", tmp_path / "run", "--eval_every", 20)
     assert done.returncode == 0 and done.stderr == ""
     plan = plan_of(done.stdout)
-    assert plan["model"] == "data/model: 1,136,704 weights; a checkpoint takes 0.0136 GB, and 2 are kept"
+    assert plan["model"] == "data/model: 1,139,904 weights; a checkpoint takes 0.0137 GB, and 2 are kept"
     assert plan["tasks"] == ("384 tasks (192 coding, 192 search), prompts of 32 to 58 tokens, 36 in the mean; "
                              "240 held out")
     assert plan["steps"] == "60 of 8 x 8 rollouts in mode episode: 3,840 rollouts, 1.25 epochs"  # 60 * 8 / 384
