@@ -69,6 +69,7 @@ class Plan:
     steps: int  # of `main`
     workers: int  # runs side by side
     limit: int  # held-out tasks of each set; 0: all
+    all_ways: bool  # of asking, for the start and `main`; else with tools only
 
 
 def train(plan: Plan, run: str, seed: int) -> None:
@@ -92,7 +93,7 @@ def train(plan: Plan, run: str, seed: int) -> None:
 def measure(plan: Plan, run: str, seed: int) -> None:
     """Play the held-out tasks; `main` and the start in all ways of asking."""
     model = "data/model" if run == "start" else str(plan.out / f"{run}-{seed}" / "model")
-    for way in WAYS if run in ("start", "main") else ["agent"]:
+    for way in WAYS if plan.all_ways and run in ("start", "main") else ["agent"]:
         for name in SETS:
             folder = scores_of(plan.out, run, seed, name, way)
             if not (folder / "scores.json").exists():
@@ -283,7 +284,8 @@ def curves(out: Path, seeds: list[int]) -> Image.Image:
 def composed(out: Path, seed: int) -> tuple[dict, Path] | None:
     """A held-out pair that two programs in a row repaired, and the folder of its images."""
     folder = scores_of(out, "main", seed, "coding", "agent")
-    for row in read_rows(folder / "items.jsonl"):
+    rows = read_rows(folder / "items.jsonl") if folder.exists() else []
+    for row in rows:
         codes = [turn for turn in row["turns"] if turn["action"] == "code" and turn["ok"]]
         if row["split"] == "hard" and row["em"] and len(codes) == 2:
             return row | {"reward": 1 + row["f1"]}, folder / "items"
@@ -319,7 +321,8 @@ def main() -> None:
     args = parser.parse_args()
     seeds = list(range(args.seeds))
     if not args.show:
-        plan = Plan(args.out, args.steps, args.workers, args.limit)
+        plan = Plan(args.out, args.steps, args.workers, args.limit,
+                    all_ways="main" in (args.row or RUNS))
         jobs = [(run, seed) for seed in seeds for run in ("start", *(args.row or RUNS))]
         jobs.sort(key=lambda job: job[0] not in ("start", "main"))  # these first, for all seeds
         try:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import ImageColor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "data"))
@@ -52,15 +53,27 @@ def test_a_script_that_fails_is_named_with_the_end_of_its_log(tmp_path):
         paper_in_small.call(["train.py", "--steps", "x"], tmp_path / "log")
 
 
+def test_the_figure_has_a_curve_for_each_half_in_its_colour(tmp_path):
+    types = {each: 0.5 for types in paper_in_small.CURVES.values() for each in types}
+    for seed in (0, 1):
+        (tmp_path / f"main-{seed}").mkdir()
+        rows = [{"step": step, "tools": tools, "by_type": types} for step, tools in ((0, "on"), (10, "on"), (10, "off"))]
+        (tmp_path / f"main-{seed}" / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    image = paper_in_small.draw(tmp_path, [0, 1])
+    middle = image.getpixel((400, (70 + 510) // 2))  # all curves lie at 50 %: the last one is on top
+    assert image.size == (760, 560) and middle == ImageColor.getrgb(paper_in_small.COLOURS[4])
+    assert image.getpixel((400, 100)) == image.getpixel((400, 480)) == (255, 255, 255)
+
+
 @pytest.mark.thorough
 def test_a_row_is_measured_and_is_not_measured_again(tmp_path):
-    command = [sys.executable, "data/paper_in_small.py", "--row", "coding_only", "--row", "main", "--seeds", "1",
-               "--steps", "2", "--limit", "3", "--out", str(tmp_path / "paper")]
+    command = [sys.executable, "data/paper_in_small.py", "--row", "coding_only", "--seeds", "1", "--steps", "2",
+               "--limit", "3", "--out", str(tmp_path / "paper")]
     once = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert once.returncode == 0, once.stderr
-    assert "[3/3]" in once.stdout and (tmp_path / "paper" / "paper_in_small.png").exists()
+    assert "[2/2]" in once.stdout
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}
-    assert len(files) == 3 * 5 + 3 * 5 + 3  # sets x ways of asking of the start and of main; sets of coding_only
+    assert len(files) == 2 * 3  # the start and coding_only, on three sets
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.stdout.partition("| F1 ")[2] == once.stdout.partition("| F1 ")[2]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}
