@@ -249,8 +249,7 @@ def curves(out: Path, seeds: list[int]) -> Image.Image:
     """Held-out exact match of `main` by step: the mean of the seeds, in the band of their range."""
     image = Image.new("RGB", (760, 560), "white")
     left, top, right, bottom = 70, 70, 740, 510
-    shades = Image.new("RGBA", image.size)
-    band, draw = ImageDraw.Draw(shades), ImageDraw.Draw(image)
+    draw, lines = ImageDraw.Draw(image), []
     runs = [[row for row in read_rows(out / f"main-{seed}" / "evaluations.jsonl")
              if row["tools"] == "on"] for seed in seeds]
     last = runs[0][-1]["step"]
@@ -268,16 +267,18 @@ def curves(out: Path, seeds: list[int]) -> Image.Image:
         at_step = list(zip(*shares))
         edges = [point(s, max(v)) for s, v in zip(steps, at_step)]
         edges += reversed([point(s, min(v)) for s, v in zip(steps, at_step)])
-        band.polygon(edges, fill=ImageColor.getrgb(colour) + (40,))
-        middle = [point(s, fmean(v)) for s, v in zip(steps, at_step)]
-        band.line(middle, fill=colour, width=4, joint="curve")
+        band = Image.new("RGBA", image.size)
+        ImageDraw.Draw(band).polygon(edges, fill=ImageColor.getrgb(colour) + (40,))
+        image.paste(band, mask=band)
+        lines.append(([point(s, fmean(v)) for s, v in zip(steps, at_step)], colour))
         y = 330 + 26 * list(CURVES).index(name)
         draw.text((right - 250, y), name, fill=colour, font=font(16))
+    for middle, colour in lines:  # above all bands
+        draw.line(middle, fill=colour, width=4, joint="curve")
     for step in steps:
         draw.text((point(step, 0)[0], bottom + 8), str(step), fill=GREY, font=font(15), anchor="mt")
     draw.text((left, 24), f"held-out exact match by step, mean and range of {len(seeds)} seeds",
               fill=INK, font=font(18))
-    image.paste(shades, mask=shades)
     return image
 
 
@@ -286,7 +287,7 @@ def composed(out: Path, seed: int) -> tuple[dict, Path] | None:
     folder = scores_of(out, "main", seed, "coding", "agent")
     rows = read_rows(folder / "items.jsonl") if folder.exists() else []
     for row in rows:
-        codes = [turn for turn in row["turns"] if turn["action"] == "code" and turn["ok"]]
+        codes = [turn for turn in row["turns"] if turn["action"] == "code" and turn.get("ok")]
         if row["split"] == "hard" and row["em"] and len(codes) == 2:
             return row | {"reward": 1 + row["f1"]}, folder / "items"
     return None
