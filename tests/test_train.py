@@ -531,13 +531,16 @@ def test_the_last_lines_of_torchrun_hold_the_message(case, tmp_path):
 
 LOADS = """
 import sys
+import torch
 sys.path.insert(0, sys.argv[1])
 from model import load_policy, start_ranks
 start_ranks()
 try:
     load_policy(sys.argv[2], shard=True)
 except ValueError as error:
-    print(error, file=sys.stderr)
+    print(error, file=sys.stderr, flush=True)
+torch.distributed.barrier()  # no rank leaves while the other one still talks to it
+torch.distributed.destroy_process_group()
 """
 
 
