@@ -49,8 +49,8 @@ def test_every_claim_and_every_run_is_a_row_before_anything_is_measured(tmp_path
 
 
 def test_a_script_that_fails_is_named_with_the_end_of_its_log(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)train.py --steps x: status 2.*argument --steps"):
-        paper_in_small.call(["train.py", "--steps", "x"], tmp_path / "log")
+    with pytest.raises(RuntimeError, match=r"(?s)data/make_tasks.py --seed x: status 2.*argument --seed"):
+        paper_in_small.call(["data/make_tasks.py", "--seed", "x"], tmp_path / "log")
 
 
 def test_the_figure_has_a_curve_for_each_half_in_its_colour(tmp_path):
