@@ -337,7 +337,7 @@ def short_run(tmp_path_factory):
               for key, value in task.items()}
              for task in (clear, dark)]
     (folder / "tasks.json").write_text(json.dumps(tasks))
-    return run(folder / "run", folder / "tasks.json", seed=3), folder / "run"
+    return run(folder / "run", folder / "tasks.json", seed=5), folder / "run"
 
 
 @pytest.fixture
