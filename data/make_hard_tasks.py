@@ -226,8 +226,7 @@ def make_search(seed, split, family):
 def row_of(task):
     """The task as a JSON row of MAT's schema."""
     if task["image"] is not None:
-        row = task_row(task)
-        return row | {"type": task["type"]}
+        return task_row(task) | {"type": task["type"]}
     return {key: task[key] for key in ("id", "family", "question", "type", "split", "country",
                                        "attribute")} | {"answer": task["answers"][0],
                                                         "image_path": None}

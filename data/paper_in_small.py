@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from zlib import crc32
 
 from PIL import Image, ImageColor, ImageDraw
 
@@ -126,13 +127,16 @@ def call(command: list[str], log: Path) -> None:
 
 
 def check_folder(plan: Plan) -> None:
-    """Make the folder. Raises ValueError if it holds runs of other lengths or other held-out tasks:
-    one table must not mix them."""
-    path, size = plan.out / "size.json", {"steps": plan.steps, "limit": plan.limit}
+    """Make the folder. Raises ValueError if it holds runs of other lengths, from another start, or
+    with other held-out tasks: one table must not mix them."""
+    start = crc32((ROOT / "data/model/model.safetensors").read_bytes())
+    path = plan.out / "size.json"
+    size = {"steps": plan.steps, "limit": plan.limit, "start": start, "learning": LEARNING}
     plan.out.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else size
     if before != size:
-        raise ValueError(f"{plan.out} holds runs with {before}; give these, or another --out")
+        raise ValueError(f"{plan.out} holds runs of {before}, and these are of {size}; "
+                         "choose another --out")
     path.write_text(json.dumps(size) + "\n")
 
 
