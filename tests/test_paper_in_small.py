@@ -54,6 +54,7 @@ def test_a_folder_of_other_runs_is_refused(tmp_path, name, other):
     paper_in_small.check_folder(plan)
     paper_in_small.check_folder(plan)  # the same runs go on
     size = json.loads((tmp_path / "size.json").read_text())
+    assert name in size
     (tmp_path / "size.json").write_text(json.dumps({**size, name: other}))
     with pytest.raises(ValueError, match="holds runs of .*; choose another --out"):
         paper_in_small.check_folder(plan)
@@ -67,13 +68,16 @@ def test_a_script_that_fails_is_named_with_the_end_of_its_log(tmp_path):
 def test_the_figure_has_a_curve_for_each_half_in_its_colour(tmp_path):
     types = {each: 0.5 for types in paper_in_small.CURVES.values() for each in types}
     for seed in (0, 1):
+        types["two hops+text"] = (0.2, 0.7)[seed]  # its band covers the other curves, which stay above it
         (tmp_path / f"main-{seed}").mkdir()
         rows = [{"step": step, "tools": tools, "by_type": types} for step, tools in ((0, "on"), (10, "on"), (10, "off"))]
         (tmp_path / f"main-{seed}" / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     image = paper_in_small.draw(tmp_path, [0, 1])
-    middle = image.getpixel((400, (70 + 510) // 2))  # all curves lie at 50 %: the last one is on top
-    assert image.size == (760, 560) and middle == ImageColor.getrgb(paper_in_small.COLOURS[4])
+    at_half, at_mean = (image.getpixel((400, round(510 - 440 * share))) for share in (0.5, 0.45))
+    assert image.size == (760, 560) and at_half == ImageColor.getrgb(paper_in_small.COLOURS[3])  # drawn last of four
+    assert at_mean == ImageColor.getrgb(paper_in_small.COLOURS[4])
     assert image.getpixel((400, 100)) == image.getpixel((400, 480)) == (255, 255, 255)
+    assert image.getpixel((400, 510 - 110)) not in ((255, 255, 255), at_mean)  # 25 %, in the band
 
 
 @pytest.mark.thorough
