@@ -4,13 +4,15 @@
 
 The model is Qwen2.5-VL in every part: the same class, M-RoPE, window attention, special tokens and
 chat template, with about a million weights and its own small BPE. Its warm start is plain
-cross-entropy on the assistant's tokens, in two phases, because reinforcement learning can only
+cross-entropy on the assistant's tokens, in three phases, because reinforcement learning can only
 amplify what a policy already does now and then:
 
 1. Captions of clean signs and flags, mixed with right demonstrations, until the right chains are
    learnt. Perception has to be there from the start. How a demonstration depends on its question is
    learnt suddenly and late: watch the share of tasks solved, not the loss.
-2. A short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), which
+2. A short phase in which a quarter are single turns of --mode step, where the turns before one are
+   pasted into the question as text. A model that never saw those does not repair there.
+3. A short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), which
    mistakes labels, countries and parameters and has hasty habits. The result is an imperfect agent:
    it can do everything, and does it right less than half of the time.
 
@@ -25,6 +27,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -176,10 +179,11 @@ def hard_search_task(rng, known, task_id=""):
                                        hops=hops, has_image=has_image, task_id=task_id)
 
 
-def demonstrations(policy, rng, code_tool, num, noise):
+def demonstrations(policy, rng, code_tool, num, noise, pasted=0):
     """num demonstrations, half of each family, played through the real tools.
 
-    noise: scale of the weak annotator's rates of mistakes; 0: all are right.
+    noise: scale of the weak annotator's rates of mistakes; 0: all are right. pasted: single turns
+    of --mode step beside them.
     """
     def chain(task):
         can_miss = task["family"] == "coding" and task["type"][0] in make_hard_tasks.MISSES
@@ -203,8 +207,32 @@ def demonstrations(policy, rng, code_tool, num, noise):
         played += play_search(policy, tasks, make_tasks.make_corpus(name), chain)
         tasks = [hard_search_task(rng, hard_known, task_id=i) for i in range(num // 32)]
         played += play_search(policy, tasks, make_hard_tasks.make_corpus(name), chain)
+    played += roll_out(policy, step_tasks(rng, chain, pasted), Tools(),
+                       replace(LIMITS, max_turns=1),
+                       sampler=replay(policy, lambda task: [task["solution"]]))[0]
     rng.shuffle(played)
     return played
+
+
+def step_tasks(rng, chain, num):
+    """num single turns as tasks of --mode step, half of each family: the turns before one stand in
+    its question. It is the annotator's if those before it are right, else the right one."""
+    tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6]) for i in range(num // 2)]
+    pairs = make_tasks.search_pairs("train")
+    for i in range(num // 4):
+        known, hard_known = make_tasks.facts(f"steps-{i}"), make_hard_tasks.facts(f"steps-{i}")
+        tasks.append(make_tasks.search_task(rng, known, *rng.choice(pairs)))
+        tasks.append(hard_search_task(rng, hard_known))
+    steps = []
+    for task, turns in [(task, chain(task)) for task in tasks]:
+        rows = (make_hard_tasks if "facts" in task else make_tasks).step_rows(task)
+        n = rng.randrange(len(rows))
+        is_same = turns[:n] == [row["solution"] for row in rows[:n]] and n < len(turns)
+        is_repaired = rows[n]["type"] == "pre_answer" and task["family"] == "coding"
+        steps.append(task | {"question": rows[n]["problem"],
+                             "solution": turns[n] if is_same else rows[n]["solution"],
+                             "image": task["clean"] if is_repaired else task["image"]})
+    return steps
 
 
 def play_search(policy, tasks, corpus, chain):
@@ -306,7 +334,7 @@ def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="data/model")
-    parser.add_argument("--right", help="folder of a model after phase 1: do phase 2 only")
+    parser.add_argument("--right", help="folder of a model after phase 1: do the others only")
     parser.add_argument("--keep_right", help="folder to keep the model after phase 1 in")
     parser.add_argument("--demonstrations", type=int, default=4000, help="right ones")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
@@ -316,6 +344,8 @@ def main():
     parser.add_argument("--noise", type=float, default=1.0,
                         help="scale of the weak annotator's rates of mistakes")
     parser.add_argument("--right_steps", type=int, default=1500)
+    parser.add_argument("--pasted_steps", type=int, default=120)
+    parser.add_argument("--pasted_lr", type=float, default=3e-4)
     parser.add_argument("--noisy_steps", type=int, default=140)
     parser.add_argument("--right_lr", type=float, default=1.5e-3)
     parser.add_argument("--noisy_lr", type=float, default=2e-4)
@@ -337,9 +367,16 @@ def main():
                   name="right")
             if args.keep_right:
                 export(policy, args.keep_right)
+        rng = random.Random(f"pasted-{args.seed}")
+        torch.manual_seed(args.seed)
+        num = args.pasted_steps * args.batch
+        pool = demonstrations(policy, rng, code_tool, num * 3 // 4, noise=0.0, pasted=num // 4)
+        train(policy, code_tool, pool, rng, args, steps=args.pasted_steps, lr=args.pasted_lr,
+              name="pasted")
         rng = random.Random(f"noisy-{args.seed}")
         torch.manual_seed(args.seed)
-        pool = demonstrations(policy, rng, code_tool, args.noisy_steps * args.batch, args.noise)
+        num = args.noisy_steps * args.batch
+        pool = demonstrations(policy, rng, code_tool, num * 7 // 8, args.noise, pasted=num // 8)
         train(policy, code_tool, pool, rng, args, steps=args.noisy_steps, lr=args.noisy_lr,
               name="noisy")
         export(policy, args.out)

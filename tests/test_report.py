@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from data.report import read_objects, write_report
+from reward import WEIGHTS
 from tools import Action, ToolResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -560,6 +561,26 @@ def test_odd_values_do_not_break_the_page(tmp_path, browser):
     # of the others there is nothing to draw
     assert browser.texts(".chart h3") == ["Reward and its parts"]
     assert len(browser.texts(".turns")) == 2 and browser.complaints() == []
+
+
+@needs_browser
+def test_a_run_that_is_on_its_way_has_no_figure_after_it(tmp_path, browser):
+    folder = training_run(tmp_path / "run", {10: [scored(1)]})
+    (folder / "summary.json").unlink()
+    (folder / "evaluations.jsonl").write_text((folder / "evaluations.jsonl").read_text().splitlines(keepends=True)[0])
+    browser.open(write_report(folder))
+    assert browser.texts("thead th") == ["", "before"] and browser.texts("tbody td")[0].split() == ["25.0", "%"]
+
+
+@needs_browser
+def test_every_part_of_the_reward_has_a_line_of_its_own(tmp_path, browser):
+    folder = training_run(tmp_path / "run", {3: [scored(1)]})
+    names = [f"reward_{part}" for part in WEIGHTS]
+    write_rows(folder / "metrics.jsonl", [{"step": n, "reward": 1.0, **dict.fromkeys(names, n / 4)} for n in (1, 2, 3)])
+    browser.open(write_report(folder))
+    looks = browser.run("""[...document.querySelectorAll(".chart path.series[d*=L]")].map((e) =>
+        getComputedStyle(e).stroke + getComputedStyle(e).strokeDasharray)""")
+    assert len(looks) == len(set(looks)) >= len(names) and not any(look.startswith("none") for look in looks)
 
 
 @needs_browser
