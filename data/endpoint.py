@@ -125,10 +125,13 @@ class ChatModel:
         """What `_ask` returns. RequestFailed once another try would be too late, or cannot help."""
         give_up = time.monotonic() + share * self.patience
         for attempt in count():
-            sent, seconds = self.parameters, min(self.timeout, give_up - time.monotonic())
+            sent, left = self.parameters, give_up - time.monotonic()
+            if attempt and left <= 0:  # a busy machine woke us late
+                raise failure
             self._count(requests=1, retries=int(attempt > 0))
             try:
-                return self._ask({"model": self.model, "messages": messages, **sent}, seconds)
+                return self._ask({"model": self.model, "messages": messages, **sent},
+                                 min(self.timeout, left))
             except RequestFailed as error:
                 failure = error
             if str(failure) in ("http_400", "http_422") and self._adapt(sent, failure):

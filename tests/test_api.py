@@ -477,6 +477,13 @@ def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(na
     assert time.monotonic() - start < 2 * 0.6 + SLACK
 
 
+def test_woken_after_its_patience_it_gives_the_reason_it_had(monkeypatch):
+    sleep = time.sleep
+    monkeypatch.setattr("data.endpoint.time.sleep", lambda seconds: sleep(seconds + 0.6))
+    failure, chat, _ = ask(always("http_500"), patience=0.5, backoff=0.05)
+    assert isinstance(failure, ApiRefused) and "for model any: http_500 (" in str(failure)
+
+
 def test_an_answered_item_ends_a_row_of_unanswered_ones():
     def faults(messages):
         return "http_500" if messages[0]["content"] == "bad" else None
