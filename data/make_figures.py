@@ -116,9 +116,9 @@ def draw_rollout(row: dict, title: str, folder: Path, width: int) -> Image.Image
                 y += 20
             y += 6
     verdict = "right" if row["answer"] in row["answers"] else "wrong"
+    reward = f"   reward {row['reward']:.2f}" if "reward" in row else ""
     draw.text((16, y + 4),
-              f"gold: {row['answers'][0]}   answer: {row['answer']}   ({verdict})   "
-              f"reward {row['reward']:.2f}",
+              f"gold: {row['answers'][0]}   answer: {row['answer']}   ({verdict}){reward}",
               fill=COLOURS[2] if verdict == "right" else COLOURS[4], font=font(16))
     return image.crop((0, 0, width, y + 40))
 

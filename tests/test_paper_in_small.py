@@ -48,14 +48,14 @@ def test_every_claim_and_every_run_is_a_row_before_anything_is_measured(tmp_path
         assert f"| {name}" in table
 
 
-@pytest.mark.parametrize("name, other", [("steps", 61), ("limit", 3), ("start", 0), ("learning", [])])
+@pytest.mark.parametrize("name, other", [("steps", 61), ("limit", 3), ("start", 0), ("tasks", 0), ("learning", [])])
 def test_a_folder_of_other_runs_is_refused(tmp_path, name, other):
     plan = paper_in_small.Plan(tmp_path, steps=60, workers=1, limit=0, all_ways=False)
     paper_in_small.check_folder(plan)
     paper_in_small.check_folder(plan)  # the same runs go on
-    size = json.loads((tmp_path / "size.json").read_text())
-    assert name in size
-    (tmp_path / "size.json").write_text(json.dumps({**size, name: other}))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert name in settings
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, name: other}))
     with pytest.raises(ValueError, match="holds runs of .*; choose another --out"):
         paper_in_small.check_folder(plan)
 
