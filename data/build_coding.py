@@ -207,7 +207,7 @@ def spoil(picture: Image.Image, kind: str, value: float | list[int], seed: int) 
         draws = np.random.default_rng(seed).standard_normal(pixels.shape, np.float32)
         pixels = (pixels + value * draws).round().clip(0, 255)
         return Image.fromarray(pixels.astype(np.uint8))
-    return degrade(picture, kind, value)
+    return degrade(picture, kind, value)  # a turn takes no value
 
 
 def repair_of(parameters: dict) -> str:

@@ -1,4 +1,4 @@
-"""Make the offline tasks with MAT's two halves: what the paper in small trains and measures.
+"""Make offline tasks in two halves, simple and hard, as the paper's test set MAT has them.
 
     python data/make_hard_tasks.py --seed 0 --out data/offline/hard
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import make_tasks
 from build_index import index_corpus, read_corpus
 from make_tasks import (ANIMALS, ATTRIBUTES, FEELS_FAMILIAR, FLAGS, GLYPHS, KINDS, LOOKS,
-                        MISTAKES, coding_task, cut_chain, degrade, image_paths, make_flag,
+                        MISTAKES, REPAIRS, coding_task, cut_chain, degrade, image_paths, make_flag,
                         programs, search_pairs, task_row, write_rows)
 
 PAIRS = {"train": (("rotation90", "dark"), ("rotation180", "overexposure")),
@@ -37,7 +37,7 @@ COUNTS = {"train": {"coding": (96, 96), "search": (96, 96)},  # (simple, hard)
 SIZES = ("small", "great", "young", "old")
 COLOURS = ("red", "white", "black", "grey", "golden", "spotted")
 
-# How a first repair can miss: what code did, and what the sign then looks like.
+# What a sign looks like after the first wrong program of its kind (make_tasks.REPAIRS).
 MISSES = {"rotation90": "rotation180", "rotation180": "rotation90",
           "dark": "dark", "overexposure": "overexposure"}
 # Probabilities of what only these tasks can get wrong, at noise = 1.
@@ -57,6 +57,7 @@ def facts(seed):
         for attribute in ATTRIBUTES:
             words = [rng.choice(SIZES), rng.choice(COLOURS)]
             known[country, attribute] = " ".join(
+                # none, one or both words, in their order
                 sorted(rng.sample(words, rng.randrange(3)), key=words.index)
                 + [rng.choice(ANIMALS)])
     countries = list(FLAGS)
@@ -115,9 +116,10 @@ def second_look(task, rng):
     if kind.startswith("rotation") and rng.random() < 0.2:
         label = rng.choice(("dark", "overexposure"))
     left = MISSES[kind] if label == kind else kind
-    missed, right = programs(label, None)[1], programs(left, None)[0]
+    # Light is then repaired in full once more: too much, but the sign can be read.
+    missed, again = programs(label, None)[1], programs(left, None)[0]
     return [f"<think> {LOOKS[label]} </think>\n<problem> {{'{label}'}} </problem>",
-            code_turn("I repair it.", missed), code_turn(LOOKS[left], right),
+            code_turn("I repair it.", missed), code_turn(LOOKS[left], again),
             f"<think> Now I can read it. </think>\n<answer> {task['answers'][0]} </answer>"]
 
 
@@ -132,8 +134,8 @@ def right_chain(task):
         return search_chain(task, random.Random(0), noise=0.0)
     if len(task["type"]) == 1:
         return make_tasks.right_chain(task)
-    turn, light = [programs(kind, None)[0] for kind in task["type"]]
-    both = turn.replace("image.save", f"{light.splitlines()[2]}\nimage.save")
+    turn, light = (REPAIRS[kind][0] for kind in task["type"])
+    both = programs(task["type"][0], None)[0].replace(turn, f"{turn}\n{light}")
     labels = ", ".join(f"'{kind}'" for kind in task["type"])
     return [f"<think> {LOOKS[task['type'][1]]} </think>\n<problem> {{{labels}}} </problem>",
             code_turn("I repair it.", both),
@@ -191,7 +193,8 @@ def search_chain(task, rng, noise=1.0):
 
 # ---- files ---------------------------------------------------------------------------------------
 def make_coding(seed, split):
-    """The coding tasks of a split, the simple ones first."""
+    """The coding tasks of a split (train, heldout), the simple ones first; "split" of a row: its
+    half, as in MAT."""
     tasks = []
     for half, count, kinds in zip(("simple", "hard"), COUNTS[split]["coding"],
                                   (KINDS, PAIRS[split])):

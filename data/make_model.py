@@ -13,8 +13,8 @@ amplify what a policy already does now and then:
 2. A short phase in which a quarter are single turns of --mode step, where the turns before one are
    pasted into the question as text. A model that never saw those does not repair there.
 3. A short phase on the demonstrations of a weak annotator (`noisy_chain` in make_tasks.py), which
-   mistakes labels, countries and parameters and has hasty habits. The result is an imperfect agent:
-   it can do everything, and does it right less than half of the time.
+   mistakes labels, countries and parameters and has hasty habits; an eighth are single turns. The
+   result is an imperfect agent: it can do every single repair and search, right half of the time.
 
 Demonstrations are played through the real tools by `rollout.replay`, so the model sees the very
 tokens and images of a rollout. Their facts come from other corpora than the one shipped: the model
@@ -68,10 +68,11 @@ CHAT_TEMPLATE = """\
 {% endfor %}{% endif %}<|im_end|>\n\
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
 CAPTIONS = {"sign": "Read the sign.", "flag": "Name the flag."}
-# Shares of tasks of data/make_hard_tasks.py among its demonstrations, which are a quarter of all:
-# (hops, has an image). Two hops about an image are one in twenty of all.
-HARD_SEARCH = {(1, True): 0.6, (2, True): 0.2, (1, False): 0.1, (2, False): 0.1}
-# Of the chains that repair one sign: the first repair misses, and is seen to miss.
+# A quarter of all demonstrations are searches of data/make_hard_tasks.py. (hops, has an image): its
+# share of that quarter. So two hops about an image are one in twenty of all.
+HOP_SHARES = {(1, True): 0.6, (2, True): 0.2, (1, False): 0.1, (2, False): 0.1}
+# Of the chains that repair one sign: the first repair misses, and is seen to miss. The last phase
+# has none, or pairs would be solved from the start.
 SECOND_LOOKS = {"right": 0.08, "noisy": 0.0}
 LIMITS = Limits(max_turns=4, max_new_tokens=96, max_tokens=512, batch_tokens=16384)
 
@@ -91,7 +92,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
         texts += [task["question"], *make_tasks.right_chain(task),
                   f"<information> {results} </information>"]
-        task = hard_search_task(rng, hard_known)
+        task = hop_task(rng, hard_known)
         documents = rng.sample(make_hard_tasks.make_corpus(rng.random()), 3)
         results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
         texts += [task["question"], *make_hard_tasks.right_chain(task),
@@ -169,9 +170,9 @@ def jpeg(picture):
     return Image.open(io.BytesIO(data.getvalue())).convert("RGB")
 
 
-def hard_search_task(rng, known, task_id=""):
-    """A search task of data/make_hard_tasks.py, of a kind drawn with its share of HARD_SEARCH."""
-    kinds, shares = zip(*HARD_SEARCH.items())
+def hop_task(rng, known, task_id=""):
+    """A search task of data/make_hard_tasks.py, of a kind drawn with its share of HOP_SHARES."""
+    kinds, shares = zip(*HOP_SHARES.items())
     (hops, has_image), = rng.choices(kinds, shares)
     owner, attribute = rng.choice(make_tasks.search_pairs("train"))
     askers = {known[country, "ally"]: country for country in make_tasks.FLAGS}
@@ -205,7 +206,7 @@ def demonstrations(policy, rng, code_tool, num, noise, pasted=0):
         tasks = [make_tasks.search_task(rng, known, *rng.choice(pairs), task_id=i)
                  for i in range(num // 32)]
         played += play_search(policy, tasks, make_tasks.make_corpus(name), chain)
-        tasks = [hard_search_task(rng, hard_known, task_id=i) for i in range(num // 32)]
+        tasks = [hop_task(rng, hard_known, task_id=i) for i in range(num // 32)]
         played += play_search(policy, tasks, make_hard_tasks.make_corpus(name), chain)
     played += roll_out(policy, step_tasks(rng, chain, pasted), Tools(),
                        replace(LIMITS, max_turns=1),
@@ -216,13 +217,13 @@ def demonstrations(policy, rng, code_tool, num, noise, pasted=0):
 
 def step_tasks(rng, chain, num):
     """num single turns as tasks of --mode step, half of each family: the turns before one stand in
-    its question. It is the annotator's if those before it are right, else the right one."""
+    its question. It is the annotator's; where the annotator strayed before, the right one."""
     tasks = [make_tasks.coding_task(rng, make_tasks.KINDS[i % 6]) for i in range(num // 2)]
     pairs = make_tasks.search_pairs("train")
     for i in range(num // 4):
         known, hard_known = make_tasks.facts(f"steps-{i}"), make_hard_tasks.facts(f"steps-{i}")
         tasks.append(make_tasks.search_task(rng, known, *rng.choice(pairs)))
-        tasks.append(hard_search_task(rng, hard_known))
+        tasks.append(hop_task(rng, hard_known))
     steps = []
     for task, turns in [(task, chain(task)) for task in tasks]:
         rows = (make_hard_tasks if "facts" in task else make_tasks).step_rows(task)
@@ -285,7 +286,7 @@ def print_unsure_tokens(policy, rollouts):
 
 
 def success(policy, code_tool, num):
-    """Share of fresh tasks solved, {kind: share}, with the shipped corpora in the search tool."""
+    """Share of fresh tasks solved in one sample each, {kind: share}, with the shipped corpora."""
     rng, known, hard_known = random.Random(99), make_tasks.facts(0), make_hard_tasks.facts(0)
     offline, solved = Path(__file__).parent / "offline", {}
     search = SearchTool(backend=f"sqlite:{offline}/corpus.sqlite", topk=3)
@@ -295,12 +296,11 @@ def success(policy, code_tool, num):
               for _ in range(num // 2)]
     hard = [make_hard_tasks.pair_task(rng, pair)
             for pair in make_hard_tasks.PAIRS["train"] for _ in range(num // 2)]
-    hard += [hard_search_task(rng, hard_known) for _ in range(2 * num)]
+    hard += [hop_task(rng, hard_known) for _ in range(2 * num)]
     hard_search = SearchTool(backend=f"sqlite:{offline}/hard/corpus.sqlite", topk=3)
     for part, tool in ((tasks, search), (hard, hard_search)):
         for r in roll_out(policy, part, Tools(code_tool, tool, newest=True), LIMITS)[0]:
             name = "+".join(r.task.get("type", ["search"]))
-            name += "" if r.task["image"] else ", text"
             solved.setdefault(name, []).append(exact_match(r.answer, r.task["answers"]))
     return {name: round(sum(hits) / len(hits), 2) for name, hits in sorted(solved.items())}
 

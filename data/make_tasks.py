@@ -361,6 +361,7 @@ def cut_chain(task, turns, found):
                      "answers": task["answers"]})
         context += f"\n{turn}"
         if action == "search":
+            # Searches come first, so that the n-th turn is the n-th search.
             context += f"\n<information> 1. Content: {found[n]} </information>"
     return rows
 
