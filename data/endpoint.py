@@ -123,10 +123,10 @@ class ChatModel:
 
     def _ask_patiently(self, messages: list[dict], share: float) -> tuple[str, str, str | None]:
         """What `_ask` returns. RequestFailed once another try would be too late, or cannot help."""
-        give_up = time.monotonic() + share * self.patience
+        give_up, failure = time.monotonic() + share * self.patience, None
         for attempt in count():
             sent, left = self.parameters, give_up - time.monotonic()
-            if attempt and left <= 0:  # a busy machine woke us late
+            if failure and left <= 0:  # a busy machine woke us late
                 raise failure
             self._count(requests=1, retries=int(attempt > 0))
             try:
