@@ -88,15 +88,8 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         task = make_tasks.coding_task(rng, rng.choice(make_tasks.KINDS))
         texts += [task["question"], *make_tasks.right_chain(task)]
         task = make_tasks.search_task(rng, known, *rng.choice(list(known)))
-        documents = rng.sample(make_tasks.make_corpus(rng.random()), 3)
-        results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
-        texts += [task["question"], *make_tasks.right_chain(task),
-                  f"<information> {results} </information>"]
-        task = hop_task(rng, hard_known)
-        documents = rng.sample(make_hard_tasks.make_corpus(rng.random()), 3)
-        results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
-        texts += [task["question"], *make_hard_tasks.right_chain(task),
-                  f"<information> {results} </information>"]
+        texts += search_texts(rng, task, make_tasks)
+        texts += search_texts(rng, hop_task(rng, hard_known), make_hard_tasks)
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -112,6 +105,13 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def search_texts(rng, task, maker):
+    """What a search task of the module `maker` says, with three documents as found."""
+    documents = rng.sample(maker.make_corpus(rng.random()), 3)
+    results = " ".join(f"{i}. Content: {row['contents']}" for i, row in enumerate(documents, 1))
+    return [task["question"], *maker.right_chain(task), f"<information> {results} </information>"]
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
