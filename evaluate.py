@@ -464,8 +464,9 @@ def _check_flags(args: Arguments) -> None:
     if args.samples > 1 and args.temperature == 0:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: samples of a "
                          "greedy policy are all the same; give --temperature 1")
-    if args.released_context and args.code_reads == "newest":
-        raise ValueError("--released_context has one image; leave out --code_reads newest")
+    if (args.released_context or args.released_crop) and args.code_reads == "newest":
+        raise ValueError("the released ways know the task's image alone; leave out --code_reads "
+                         "newest")
     if args.api and (args.released_context or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         raise ValueError("--api takes one process, with a larger --batch_size, and no "
                          "--released_context")

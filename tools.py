@@ -138,7 +138,9 @@ def _process(tools: Tools, calls: list[Call]) -> list[ToolResult]:
     """Code reads the task's image, as in the released chains, or the newest one."""
     pairs = []
     for call in calls:
-        pictures = call.pictures or [Image.new("RGB", (MIN_SIDE, MIN_SIDE))]
+        pictures = call.pictures
+        if not pictures or (call.task["image"] is None and not tools.newest):
+            pictures = [Image.new("RGB", (MIN_SIDE, MIN_SIDE))]
         image = pictures[-1 if tools.newest else 0]
         edited = tools.edit(call.content, call.task, image.size) if tools.edit else call.content
         pairs.append((edited, image))

@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -568,16 +568,19 @@ def evaluate_policy(policy: Policy, tasks: list[dict], tools: Tools, step: int, 
         return
     seed_step(config.seed, -1 - step)
     share = share_of_rank(tasks)
-    playable = [task for task in share if opens(policy, task, config, set())]
+    opened = [opens(policy, task, config, set()) for task in share]
+    playable = list(compress(share, opened))
     limits = replace(config.limits(), max_turns=config.max_turns)  # episodes, in mode "step" too
     with gathered(policy):
         rollouts, _ = roll_out(policy, playable, tools, limits, prompt=config.prompt,
                                temperature=config.eval_temperature, interrupted=stop.is_due)
     if stop.agreed():
         return
-    answers = {rollout.task["id"]: rollout.answer for rollout in rollouts}
+    played = iter(rollouts)
+    answers = [next(played).answer if is_open else None for is_open in opened]
     solved = gather([(task["family"], "+".join(task["type"]) or task["family"],
-                      exact_match(answers.get(task["id"]), task["answers"])) for task in share])
+                      exact_match(answer, task["answers"]))
+                     for task, answer in zip(share, answers)])
     families, types, hits = zip(*solved)
     row = {"step": step, "tools": label, "success": round(fmean(hits), 4), "n": len(hits),
            "by_family": rates(families, hits), "by_type": rates(types, hits)}

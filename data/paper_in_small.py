@@ -17,10 +17,11 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -62,6 +63,7 @@ WAYS = {"agent": [], "off": ["--tools", "off"], "direct": ["--ask", "direct"],
         "cot": ["--ask", "cot"], "rag": ["--ask", "rag"]}
 # Of Student's t with n - 1 degrees of freedom: the mean of n seeds is known to ± T95 · sd / √n.
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+UNDER_WAY = []  # the processes of runs, which end with this one
 
 
 @dataclass
@@ -81,11 +83,15 @@ def train(plan: Plan, run: str, seed: int) -> None:
         return
     held_out = ",".join(f"{HARD}/heldout_{name}.json" for name in SETS) if run == "main" else ""
     command = ["train.py", *SHARED, *LEARNING, "--tasks", spec.get("tasks", f"{CODING},{SEARCH}"),
-               "--steps", str(round(plan.steps * spec.get("times", 1))), *spec.get("flags", []),
+               "--steps", str(max(1, round(plan.steps * spec.get("times", 1)))),
+               *spec.get("flags", []),
                "--eval_tasks", held_out, "--eval_every", str(max(1, plan.steps // 5)),
                "--eval_limit", str(plan.limit), "--seed", str(seed), "--output_dir", str(folder),
                "--resume"]
-    call(command, plan.out / f"{run}-{seed}.log")
+    log = plan.out / f"{run}-{seed}.log"
+    call(command, log)
+    if not (folder / "summary.json").exists():
+        raise RuntimeError(f"{folder} was stopped before its end; see {log}")
 
 
 def measure(plan: Plan, run: str, seed: int) -> None:
@@ -115,11 +121,14 @@ def call(command: list[str], log: Path) -> None:
     with open(log, "a") as file:
         file.write(f"$ python {shlex.join(command)}\n")
         file.flush()
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file,
-                              stderr=subprocess.STDOUT)
-    if done.returncode:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment,
+                                   stdout=file, stderr=subprocess.STDOUT)
+        UNDER_WAY.append(process)
+        status = process.wait()
+        UNDER_WAY.remove(process)
+    if status:
         tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise RuntimeError(f"python {shlex.join(command)}: status {done.returncode}; {log} ends "
+        raise RuntimeError(f"python {shlex.join(command)}: status {status}; {log} ends "
                            f"with\n{tail}")
 
 
@@ -141,7 +150,7 @@ def check_folder(plan: Plan) -> None:
 
 def run_all(plan: Plan, jobs: list[tuple[str, int]]) -> None:
     """Train and measure every (run, seed), `plan.workers` of them side by side."""
-    began, done = time.perf_counter(), 0
+    began = time.perf_counter()
 
     def job(run, seed):
         job_began = time.perf_counter()
@@ -151,15 +160,16 @@ def run_all(plan: Plan, jobs: list[tuple[str, int]]) -> None:
         return time.perf_counter() - job_began
 
     with ThreadPoolExecutor(plan.workers) as pool:
-        futures = [(run, seed, pool.submit(job, run, seed)) for run, seed in jobs]
+        job_of = {pool.submit(job, run, seed): f"{run}, seed {seed}" for run, seed in jobs}
         try:
-            for run, seed, future in futures:
-                seconds, done = future.result(), done + 1
+            for done, future in enumerate(as_completed(job_of), start=1):
                 left = (time.perf_counter() - began) / done * (len(jobs) - done)
-                print(f"[{done}/{len(jobs)}] {run}, seed {seed}: {seconds:.0f} s; about "
+                print(f"[{done}/{len(jobs)}] {job_of[future]}: {future.result():.0f} s; about "
                       f"{left / 60:.0f} min left; see {plan.out}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in UNDER_WAY:
+                process.terminate()
             raise
 
 
@@ -236,7 +246,7 @@ def sampled_tokens(out: Path, seeds: list[int], run: str) -> str:
     sums = []
     for seed in seeds:
         path = out / f"{run}-{seed}" / "metrics.jsonl"
-        if path.exists():
+        if (path.parent / "summary.json").exists():
             sums.append(sum(json.loads(line)["tokens"] for line in path.open()))
     return f"{fmean(sums) / 1000:.0f} k" if sums else "–"
 
@@ -318,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--row", choices=RUNS, action="append", help="only these runs")
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
-    parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="where all goes")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="runs side by side; default: the cores")
     parser.add_argument("--steps", type=int, default=60, help="of the run main, to try things out")
@@ -326,23 +336,30 @@ def main() -> None:
                         "things out (without a figure); 0: all")
     parser.add_argument("--show", action="store_true", help="only print the table")
     args = parser.parse_args()
+    out, rows = args.out.resolve(), list(dict.fromkeys(args.row or RUNS))  # runs have another cwd
+    if args.steps < 1 or args.limit < 0 or args.workers < 1:
+        parser.error("--steps and --workers must be at least 1, --limit at least 0")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end, too
     seeds = list(range(args.seeds))
     if not args.show:
-        plan = Plan(args.out, args.steps, args.workers, args.limit,
-                    all_ways="main" in (args.row or RUNS))
-        jobs = [(run, seed) for seed in seeds for run in ("start", *(args.row or RUNS))]
+        plan = Plan(out, args.steps, args.workers, args.limit, all_ways="main" in rows)
+        jobs = [(run, seed) for seed in seeds for run in ("start", *rows)]
         jobs.sort(key=lambda job: job[0] not in ("start", "main"))  # these first, for all seeds
         try:
             check_folder(plan)
             run_all(plan, jobs)
         except (OSError, RuntimeError, ValueError) as error:
             sys.exit(f"error: {error}")
-    text = table(args.out, seeds)
-    if not args.show:
-        (args.out / "table.md").write_text(text)
-    if "main" in (args.row or RUNS) and not args.show and not args.limit:
-        draw(args.out, seeds).save(args.out / "paper_in_small.png", optimize=True)
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command goes on")
+    if args.show and not (out / "settings.json").exists():
+        sys.exit(f"error: nothing is measured in {out}; --out says where")
+    text = table(out, seeds)
     print(text)
+    if not args.show:
+        (out / "table.md").write_text(text)
+        if "main" in rows and not args.limit:
+            draw(out, seeds).save(out / "paper_in_small.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,15 +81,55 @@ def test_the_figure_has_a_curve_for_each_half_in_its_colour(tmp_path):
     assert image.getpixel((400, 510 - 110)) not in ((255, 255, 255), at_mean)  # 25 %, in the band
 
 
+SMALL = [sys.executable, ROOT / "data" / "paper_in_small.py", "--row", "coding_only", "--seeds", "1", "--limit", "3",
+         "--out", "paper"]
+
+
+@pytest.mark.parametrize("flags", [("--steps", "0"), ("--workers", "0"), ("--limit", "-1")])
+def test_sizes_that_make_no_sense_are_refused_before_a_folder_is_made(tmp_path, flags):
+    done = subprocess.run([*SMALL, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and flags[0] in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_ends_the_others_and_is_named(tmp_path, monkeypatch):
+    """One of two runs side by side fails at once; the other would take a minute."""
+    code = {"no_kl": "raise SystemExit('this one fails')", "dapo": "import time; time.sleep(60)"}
+    monkeypatch.setattr(paper_in_small, "train", lambda plan, run, seed: paper_in_small.call(["-c", code[run]], tmp_path / run))
+    plan = paper_in_small.Plan(tmp_path, steps=2, workers=2, limit=0, all_ways=False)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="status 1; .*no_kl ends with\n.*this one fails"):
+        paper_in_small.run_all(plan, [("dapo", 0), ("no_kl", 0)])
+    assert time.monotonic() - start < 30 and not paper_in_small.UNDER_WAY
+
+
+@pytest.mark.thorough
+def test_ended_by_a_signal_it_ends_its_runs_and_goes_on_with_the_same_command(tmp_path):
+    log = tmp_path / "paper" / "coding_only-0.log"
+    process = subprocess.Popen([*SMALL, "--steps", "400"], cwd=tmp_path)
+    for _ in range(600):
+        if log.exists() and "step   1/" in log.read_text():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    again = subprocess.Popen([*SMALL, "--steps", "400"], cwd=tmp_path)
+    for _ in range(600):
+        if "resumes from" in log.read_text():
+            break
+        time.sleep(0.1)
+    again.terminate()
+    again.wait(60)
+    assert "resumes from" in log.read_text() and "another process" not in log.read_text()
+
+
 @pytest.mark.thorough
 def test_a_row_is_measured_and_is_not_measured_again(tmp_path):
-    command = [sys.executable, "data/paper_in_small.py", "--row", "coding_only", "--seeds", "1", "--steps", "2",
-               "--limit", "3", "--out", str(tmp_path / "paper")]
-    once = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [*SMALL, "--steps", "2"]
+    once = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert once.returncode == 0, once.stderr
     assert "[2/2]" in once.stdout
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}
     assert len(files) == 2 * 3  # the start and coding_only, on three sets
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.stdout.partition("| F1 ")[2] == once.stdout.partition("| F1 ")[2]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}
