@@ -1,6 +1,6 @@
-"""The numbers of the notes, each computed by enumeration: python tests/course/notes/enumerate_all.py
+"""The numbers of the notes, each computed by enumeration: python tests/course/note_numbers.py
 
-    python tests/course/notes/enumerate_all.py kl normalisation     # of some notes
+    python tests/course/note_numbers.py kl normalisation     # of some notes
 
 Every expectation is a finite sum over all that can be sampled, in float64. Where a note speaks of the project's own code, the
 code itself is called. What the notes say of the laptop model's rollouts is printed by one_batch.py.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from grpo import group_advantages, token_weights  # noqa: E402

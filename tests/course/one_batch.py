@@ -1,4 +1,4 @@
-"""One batch of the laptop model, scored and differentiated with one mistake at a time: python tests/course/notes/one_batch.py
+"""One batch of the laptop model, scored and differentiated with one mistake at a time: python tests/course/one_batch.py
 
 The rollouts are those of the first step of the default run on one rank (seed 0, 8 prompts x 8 samples). For each mistake it
 prints what the metrics of that step would show: the gap, the loss, the norm of the gradient, and the cosine between this
@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import grpo  # noqa: E402
