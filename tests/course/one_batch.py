@@ -2,7 +2,7 @@
 
 The rollouts are those of the first step of the default run on one rank (seed 0, 8 prompts x 8 samples). For each mistake it
 prints what the metrics of that step would show: the gap, the loss, the norm of the gradient, and the cosine between this
-gradient and the right one. Three mistakes change what is sampled; those have rollouts of their own, and no cosine.
+gradient and the right one. A change of what is sampled has rollouts of its own. Some minutes.
 """
 import sys
 from dataclasses import replace
@@ -37,8 +37,9 @@ def play(policy, temperature=1.0, prompts=8):
     return rollouts, [weighted_sum(parts, WEIGHTS) for parts in all_reward_parts(rollouts, CONFIG, None)]
 
 
-def measure(policy, rollouts, advantages, *, tokens=8192, loss="grpo", temperature=1.0, per_batch=False, change=None):
-    """(gap, loss, action tokens, flat gradient) of an update. per_batch: each micro-batch has counts of its own, and a mean."""
+def measure(policy, rollouts, advantages, *, tokens=8192, loss="grpo", temperature=1.0, per_batch=False,
+            change=None):
+    """(gap, loss, action tokens, flat gradient, micro-batches) of an update. per_batch: each micro-batch has counts of its own, and a mean."""
     batches = micro_batches(policy, rollouts, advantages, tokens)
     batches = [change(batch) if change else batch for batch in batches]
     policy.model.zero_grad()
@@ -109,9 +110,9 @@ def main():
     def show(name, measured, other=right):
         gap, loss, tokens, gradient, n = measured
         cosine = "" if other is None else f"{torch.cosine_similarity(gradient, other[3], dim=0):.4f}"
-        print(f"{name:<44}{gap:>9.1e}{loss:>10.4f}{tokens:>7}{gradient.norm():>10.4f} {cosine:>8}  {n} micro-batches", flush=True)
+        print(f"{name:<44}{gap:>9.1e}{loss:>10.4f}{tokens:>7}{gradient.norm():>10.4f} {cosine:>8}{n:>4}", flush=True)
 
-    print(f"{'':<44}{'gap':>9}{'loss':>10}{'tokens':>7}{'grad_norm':>10} {'cosine':>8}")
+    print(f"{'':<44}{'gap':>9}{'loss':>10}{'tokens':>7}{'grad_norm':>10} {'cosine':>8}  micro-batches")
     show("right", right)
     print("turns whose text has other ids when it is tokenised again: {} of {}".format(*retokenised(policy, rollouts)))
     dapo = measure(policy, rollouts, advantages, loss="dapo")
@@ -144,7 +145,6 @@ def main():
     draw = model_module.draw
     for k in (50, 2):
         def top_k(logits, temperature, suppressed, k=k):
-            _, logps = None, draw(logits, temperature, suppressed)
             kept = logits.where(logits >= logits.topk(k).values[:, -1:], -1e9)
             ids, _ = draw(kept, temperature, suppressed)
             all_logps = logits.float().index_fill(1, suppressed, float("-inf")).log_softmax(1)
