@@ -39,7 +39,10 @@ def play(policy, temperature=1.0, prompts=8):
 
 def measure(policy, rollouts, advantages, *, tokens=8192, loss="grpo", temperature=1.0, per_batch=False,
             change=None):
-    """(gap, loss, action tokens, flat gradient, micro-batches) of an update. per_batch: each micro-batch has counts of its own, and a mean."""
+    """(gap, loss, action tokens, flat gradient, micro-batches) of an update.
+
+    per_batch: each micro-batch has counts of its own, and the gradient is their mean. change: of each batch.
+    """
     batches = micro_batches(policy, rollouts, advantages, tokens)
     batches = [change(batch) if change else batch for batch in batches]
     policy.model.zero_grad()
