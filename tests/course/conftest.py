@@ -1,0 +1,114 @@
+"""What the exercises' tests are given: the student's functions, and the rules of the term.
+
+By themselves (`python -m pytest tests/course`) the tests look at the code they stand beside. grade.py has them look at
+another folder, by COURSE_STUDENT, and grades each exercise alone: what it calls of other exercises is the reference's.
+"""
+import importlib
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(HERE)]
+
+
+class Missing:
+    """Stands for a function that could not be loaded: calling it fails with the reason."""
+
+    def __init__(self, name: str, reason: BaseException):
+        self.name, self.reason = name, reason
+
+    def __call__(self, *args, **kwargs):
+        pytest.fail(f"{self.name} could not be loaded: {type(self.reason).__name__}: {self.reason}", pytrace=False)
+
+
+class Student:
+    """The functions of all exercises under their names; one that is missing fails where it is called."""
+
+    def __init__(self, functions: dict[str, object]):
+        self.__dict__.update(functions)
+
+
+def load_functions(folder: Path) -> tuple[dict[str, object], list[ModuleType]]:
+    """({name: function}, the modules) that adapters.py of a folder names."""
+    with only_modules_of(folder) as modules:
+        table = importlib.import_module("adapters").FUNCTIONS
+        functions = {}
+        for name, (module, attribute) in table.items():
+            try:
+                functions[name] = getattr(importlib.import_module(module), attribute)
+            except Exception as error:  # of whatever kind: it is the student's file that is run
+                functions[name] = Missing(name, error)
+    return functions, modules
+
+
+@contextmanager
+def only_modules_of(folder: Path):
+    """Inside, imports find the folder's modules in place of ours; the list that is given has them afterwards."""
+    ours = {name: module for name, module in sys.modules.items() if file_of(module).parent in (ROOT, ROOT / "data", HERE)}
+    for name in ours:
+        del sys.modules[name]
+    places, modules = [str(folder / name) for name in (".", "data", "tests/course")], []
+    sys.path[:0] = places
+    importlib.invalidate_caches()
+    try:
+        yield modules
+    finally:
+        theirs = {name: module for name, module in sys.modules.items()
+                  if folder in file_of(module).parents and "site-packages" not in file_of(module).parts}
+        modules += theirs.values()
+        for name in theirs:
+            del sys.modules[name]
+        for place in places:
+            sys.path.remove(place)
+        sys.modules.update(ours)
+
+
+def file_of(module: ModuleType) -> Path:
+    return Path(getattr(module, "__file__", None) or "/")
+
+
+def functions_here() -> dict[str, object]:
+    """{name: function} of the code that the tests stand beside, by its adapters.py."""
+    table = importlib.import_module("adapters").FUNCTIONS
+    return {name: getattr(importlib.import_module(module), attribute) for name, (module, attribute) in table.items()}
+
+
+def pytest_collection_modifyitems(items):
+    """Beside the project's own tests these are thorough: they run on code that has tests of its own."""
+    if (ROOT / "tests" / "conftest.py").exists():
+        for item in items:
+            if item.path.parent == HERE:
+                item.add_marker(pytest.mark.thorough)
+
+
+@pytest.fixture(scope="session")
+def student() -> Student:
+    reference, folder = functions_here(), Path(os.environ.get("COURSE_STUDENT", ROOT)).resolve()
+    if folder == ROOT:
+        return Student(reference)
+    functions, modules = load_functions(folder)
+    graded = os.environ["COURSE_GRADED"].split(",")  # the functions of one exercise
+    others = {id(function): reference[name] for name, function in functions.items() if name not in graded}
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if id(value) in others:
+                setattr(module, name, others[id(value)])
+    absent = {name: Missing(name, KeyError("it is not in adapters.py")) for name in graded}
+    return Student(reference | absent | {name: functions[name] for name in graded if name in functions})
+
+
+@pytest.fixture
+def rule(request) -> str:
+    """The name of the rule in force for the exercise that this file tests."""
+    number = request.path.stem.removeprefix("test_")
+    path = HERE / "rules.json"
+    if path.exists():
+        return json.loads(path.read_text())[number]
+    return next(iter(importlib.import_module(f"exercise_{number}").EXERCISE.rules))

@@ -1,0 +1,108 @@
+"""Exercise 10, find the silent bug: train with five bugs and without one, and write what students get to see.
+
+    python tests/course/make_runs.py OUT            # 18 runs of the laptop job: 40 minutes on 2 quiet cores
+    python tests/course/make_runs.py OUT --letters 7    # in another order
+
+OUT/runs has a folder for each of `right`, a, b, c, d, e: three seeds, each with its metrics, rollouts and page (report.html).
+OUT/answers.md, which stays with the instructor, has the bugs, their lines, and where to look. A run that is done is not done
+again; killed, it goes on with the same command.
+"""
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from course import ROOT, Wrong, make_reference, replace_once
+
+sys.path.insert(0, str(ROOT / "tests" / "mutants"))
+from mutants import MUTANTS  # noqa: E402
+
+# Bugs that a run survives, and what tells.
+BUGS = {
+    "kl_sign": "`kl` climbs where it stays below 0.1 in the right run, and `loss` is -beta·kl: drift is rewarded",
+    "end_is_no_target": "`tokens` is lower by one a turn: nothing teaches the policy to stop",
+    "positions_1d": "held-out success before training is lower; `gap` is as small as ever",
+    "no_baseline": "`loss` is far below zero at the first step, where a group's advantages should add up to 0",
+    "gradients_add_up": "`grad_norm` hardly falls, though nothing is left to learn: each step has the gradients of all before it",
+}
+OWN = [
+    Wrong("no_baseline", "advantages are rewards: what all samples of a prompt have in common is not taken off", "grpo.py",
+          "rewards - rewards.mean(dim=1, keepdim=True)", "rewards + 0.0"),
+    Wrong("gradients_add_up", "gradients are not set to zero between steps", "train.py", "        optimizer.zero_grad()\n", ""),
+]
+KEPT = ("metrics.jsonl", "evaluations.jsonl", "summary.json", "config.json", "rollouts", "report.html")
+
+
+def letters(seed: int) -> dict[str, str]:
+    """{folder: bug}, in an order drawn from the seed; "right" has none."""
+    names = list(BUGS)
+    random.Random(seed).shuffle(names)
+    return {"right": "", **dict(zip("abcde", names))}
+
+
+def known_bugs() -> dict[str, Wrong]:
+    """The bugs by their names."""
+    return {bug.name: bug for bug in (*MUTANTS, *OWN) if bug.name in BUGS}
+
+
+def train(bug: Wrong | None, folder: Path, seed: int, flags: list[str]) -> None:
+    """One run with a bug, in a copy of the project, and its page; unless it is done."""
+    if (folder / "report.html").exists():
+        return
+    with tempfile.TemporaryDirectory() as place:
+        copy, out = Path(place) / "project", Path(place) / folder.parent.name
+        make_reference(copy, [], {})
+        if bug:
+            replace_once(copy, bug.file, bug.old, bug.new)
+        for command in (["-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--seed", str(seed),
+                         "--rollouts_every", "10", "--output_dir", str(out), *flags], ["evaluate.py", "--report", str(out)]):
+            done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"error: {' '.join(command)}: status {done.returncode}\n{done.stderr[-2000:]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            path = out / name
+            shutil.copytree(path, folder / name, dirs_exist_ok=True) if path.is_dir() else shutil.copy(path, folder / name)
+
+
+def write_answers(out: Path, folders: dict[str, str]) -> None:
+    """The key: which folder has which bug, where it stands, and what tells. Ends the script if another one is there."""
+    bugs, lines = known_bugs(), ["# Answers", ""]
+    for folder, name in folders.items():
+        if name:
+            bug = bugs[name]
+            place = (ROOT / bug.file).read_text(encoding="utf-8").partition(bug.old)[0].count("\n") + 1
+            lines += [f"- **{folder}**: {name}. {bug.bug[0].upper()}{bug.bug[1:]}. {bug.file}, line {place}:", "", "  ```diff",
+                      *(f"  - {line}" for line in bug.old.splitlines()), *(f"  + {line}" for line in bug.new.splitlines()),
+                      "  ```", "", f"  What tells: {BUGS[name]}.", ""]
+    path, text = out / "answers.md", "\n".join(lines)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        sys.exit(f"error: {path} is of another order or another version of the code; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--letters", type=int, default=0, help="seed of the order of the bugs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--flags", default="", help="more flags of train.py, as one text; for a trial: --steps 2")
+    args = parser.parse_args()
+    folders, bugs = letters(args.letters), known_bugs()
+    runs = [(folder, seed) for seed in range(args.seeds) for folder in folders]
+    write_answers(args.out, folders)
+    start = time.perf_counter()
+    for n, (folder, seed) in enumerate(runs, 1):
+        train(bugs.get(folders[folder]), args.out / "runs" / folder / f"seed{seed}", seed, args.flags.split())
+        seconds = time.perf_counter() - start
+        print(f"[{n}/{len(runs)}] {folder}, seed {seed}: {seconds:.0f} s in all, about "
+              f"{seconds / n * (len(runs) - n) / 60:.0f} min left; see {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
