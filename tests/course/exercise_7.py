@@ -2,22 +2,30 @@
 from course import Exercise, Rule, Wrong
 
 CALL = "(loss * dist.get_world_size()).backward()"
-CLIP = """grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+CLIP = """\
+grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         grad_norm = grad_norm.full_tensor().item()"""
 TAKEN = "Take --updates_per_batch optimizer steps on the micro-batches of all ranks, all together."
-METRICS = """Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
+METRICS = """\
+Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
     first, when the policy is still the one that sampled. The log-probs of the first pass are the
-    old ones of the later passes."""
+    old ones of the later passes. Where loss or gradient is not finite, that step and those after it
+    on the same batch are left out."""
 
 SAMPLED_OLD = [
-    ("train.py", METRICS, """Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
+    ("train.py", METRICS, """\
+Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
     first: the mean of |log-prob as sampled - as scored| over the action tokens of all ranks. The
     old log-probs are those of the sampler, `sampled_logps` of a batch, in the first pass too: so
-    the ratio corrects what sampling and scoring round differently (arXiv 1707.06347, eq. 7)."""),
-    ("train.py", """        for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
+    the ratio corrects what sampling and scoring round differently (arXiv 1707.06347, eq. 7).
+    Where loss or gradient is not finite, that step and those after it on the same batch are left
+    out."""),
+    ("train.py", """\
+        for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
 """, """        for i, (batch, ref) in enumerate(zip(batches, ref_logps, strict=True)):
 """),
-    ("train.py", "old_logps, gaps = [None] * len(batches), []\n    policy", "gap = None\n    policy"),
+    ("train.py", "old_logps, gaps = [None] * len(batches), []\n    policy",
+     "gap = None\n    policy"),
     ("train.py", "old_logps=old, ref_logps=ref, beta",
      "old_logps=batch.sampled_logps, ref_logps=ref,\n                beta"),
     ("train.py", """            if old is None:
@@ -38,18 +46,19 @@ SAMPLED_OLD = [
      "| `gap` | mean \\|log-prob as sampled − as scored\\| |"),
     ("data/README.md", "- `clipped` is 0 with one update a batch.\n", ""),
     ("data/README.md", """ With one update a batch this does no harm, as the old
-  log-probs are those of the scoring pass and the ratio is 1. With more updates the ratio still starts at 1;
-  what remains is that the samples come from a distribution that is slightly another.""",
-     """ The ratio corrects it: the
+  log-probs are those of the scoring pass and the ratio is 1.""", """ The ratio corrects it: the
   old log-probs are those of the sampler."""),
+    ("data/README.md", """ With more updates the ratio still starts at 1;
+  what remains is that the samples come from a distribution that is slightly another.""", ""),
 ]
 TOKEN_MEANS = [
-    ("train.py", METRICS, METRICS + """ `kl`, `entropy` and
-    `clipped` are plain means over the action tokens of all ranks, whatever --loss weighs. Each
-    number of the gradient is cut to within -max_grad_norm and max_grad_norm, alone; `grad_norm` is
-    the norm of the whole gradient before."""),
+    ("train.py", METRICS, METRICS + """
+
+    `kl`, `entropy` and `clipped` are plain means over the action tokens of all ranks, whatever
+    --loss weighs. Each number of the gradient is cut to within -max_grad_norm and max_grad_norm,
+    alone; `grad_norm` is the norm of the whole gradient before."""),
     ("train.py", 'gradients are scaled down to this norm"',
-     'each number of the gradient is cut to within plus and minus this"'),
+     'numbers of the gradient are cut to plus or minus this"'),
     ("train.py", """            loss, parts = policy_loss(
                 logps, batch.advantages, weights, old_logps=old, ref_logps=ref, beta=config.beta,
                 clip_low=config.clip_low, clip_high=config.clip_high)
@@ -67,8 +76,10 @@ TOKEN_MEANS = [
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).full_tensor().item()
         for p in parameters:
             p.grad.clamp_(-config.max_grad_norm, config.max_grad_norm)"""),
-    ("train.py", """    weight = sums["weight"] or 1.0  # below 1 with `dr_grpo`; 0 if no token was sampled
-    means = {name: sums[name] / weight for""", """    means = {name: sums[name] / max(counts["tokens"], 1) for"""),
+    ("train.py", """\
+    weight = sums["weight"] or 1.0  # below 1 with `dr_grpo`; 0 if no token was sampled
+    means = {name: sums[name] / weight for""", """\
+    means = {name: sums[name] / max(counts["tokens"], 1) for"""),
     ("train.py", "from dataclasses import asdict, dataclass, replace\n",
      "from dataclasses import asdict, dataclass, replace\nfrom functools import partial\n"),
     ("data/README.md", """`loss`, `kl`, `clipped` and `entropy` are weighted over action
@@ -139,14 +150,16 @@ EXERCISE = Exercise(
         Wrong("weights_of_dr_grpo", "means are not divided by the sum of the weights", "train.py",
               'weight = sums["weight"] or 1.0', "weight = 1.0"),
         Wrong("means_over_rollouts", "metrics are means over rollouts, the loss has other weights",
-              "train.py", "{name: sums[name] / weight for", '{name: sums[name] / counts["rollouts"] for'),
+              "train.py", "{name: sums[name] / weight for",
+              '{name: sums[name] / counts["rollouts"] for'),
         Wrong("poisoned_step", "a step is taken on numbers that are not finite", "train.py",
               "        if is_finite:\n", "        if True:\n"),
         Wrong("only_the_loss_is_checked", "the gradient may overflow where the loss does not",
               "train.py", 'math.isfinite(sums["loss"]) and math.isfinite(grad_norm)',
               'math.isfinite(sums["loss"])'),
         Wrong("skipped_gradient_stays", "the gradient of a skipped step is added to the next one",
-              "train.py", "        optimizer.zero_grad()\n        if not is_finite:\n            break\n",
+              "train.py",
+              "        optimizer.zero_grad()\n        if not is_finite:\n            break\n",
               "        if not is_finite:\n            break\n        optimizer.zero_grad()\n"),
         Wrong("gradient_stays", "gradients are never set to zero", "train.py",
               "        optimizer.zero_grad()\n        if not", "        if not"),
