@@ -257,8 +257,8 @@ def test_the_cut_into_micro_batches_changes_neither_step_nor_metrics(updated, to
 
 
 def test_two_ranks_with_unlike_shares_take_the_step_of_one(updated):
-    """Five micro-batches on the first rank; on the second one, and four that only keep the ranks in step."""
-    ranks, expected = updated(2, micro_batch_tokens=1)
+    """Two micro-batches on the first rank; on the second one, and one that only keeps the ranks in step."""
+    ranks, expected = updated(2)
     assert_moved(ranks, expected, "two ranks, five rollouts and one")
 
 
@@ -285,7 +285,7 @@ def test_in_step_mode_dr_grpo_divides_by_the_length_of_one_turn(updated):
 def test_a_large_gradient_is_cut(updated, rule, size):
     """As the rule says; by what all micro-batches and ranks give together."""
     largest = 0.002 if rule == "token_means" else 0.1
-    ranks, expected = updated(size, max_grad_norm=largest, micro_batch_tokens=150 if size == 1 else 1)
+    ranks, expected = updated(size, max_grad_norm=largest)
     assert expected[0]["grad_norm"] > 0.1
     assert_moved(ranks, expected, f"--max_grad_norm {largest}")
     assert_metrics(ranks, expected, ["grad_norm"])
@@ -313,7 +313,7 @@ def test_the_gap_is_measured_before_the_first_step(updated):
 
 
 def test_metrics_are_the_same_on_all_ranks_and_of_all_ranks(updated):
-    ranks, expected = updated(2, micro_batch_tokens=1)
+    ranks, expected = updated(2)
     (one, _, _), (other, _, _) = ranks
     assert one == other, "ranks report different metrics"
     assert_metrics(ranks, expected, expected[0])

@@ -177,7 +177,8 @@ def assert_batch(batch, ids, positions, segments, targets, predictors, mask, log
     assert batch.targets.dtype == torch.int64 and batch.targets.tolist() == targets
     assert batch.predictors.dtype == torch.int64
     assert batch.predictors[kept].tolist() == torch.tensor(predictors)[kept].tolist(), "predictors of action tokens"
-    assert batch.sampled_logps.tolist() == logps
+    assert batch.sampled_logps.dtype == torch.float32 and batch.sampled_logps.shape == kept.shape
+    assert batch.sampled_logps[kept].tolist() == torch.tensor(logps, dtype=torch.float32)[kept].tolist(), "sampled_logps"
     assert batch.advantages.tolist() == advantages and batch.advantages.dtype == torch.float32
 
 
