@@ -45,7 +45,8 @@ def world(tmp_path_factory):
         part.save_pretrained(folder)
     policy, generator, rows = load_policy(str(folder)), torch.Generator().manual_seed(0), []
     plain = plain_model(folder)
-    picture = encode_image(policy, Image.effect_noise((84, 56), 90))
+    noise = torch.randint(256, (56, 84, 3), dtype=torch.uint8, generator=generator)
+    picture = encode_image(policy, Image.fromarray(noise.numpy()))
     turns = [[3], [9, 4], [2, 2, 7], [6], [1], [5, 8]]
     for i, (lengths, advantage) in enumerate(zip(turns, [1.5, -1.0, 0.5, -0.25, 0.75, -2.0])):
         images = [picture] if i > 3 else []
@@ -220,8 +221,8 @@ def updated(updates, student, rule):
 
 
 def assert_moved(ranks, expected, what):
-    """Every parameter lost what the formula says, on every rank. Fp32 in another order: 1e-4, and 1e-6 that rounding a
-    weight leaves."""
+    """Every parameter lost what the formula says, on every rank. Fp32 in another order: 1e-4, and 2e-6 that rounding
+    a weight leaves."""
     for rank, (_, lost, _) in enumerate(ranks):
         for name, wanted in expected[1].items():
             off = (lost[name] - wanted).norm() / wanted.norm()

@@ -95,15 +95,13 @@ def test_attention_is_that_of_the_loops(attend, rule, heads, key_heads):
     assert not wrong, f"(place, group, sample; -1: prompt) of outputs that are off: {wrong}"
 
 
-@pytest.mark.parametrize("option", [{}, {"window": 1}, {"window": 3}, {"window": 99}, {"sinks": torch.tensor([9.0, -9.0])}],
-                         ids=str)
-def test_attention_with_other_options(student, rule, option):
-    """Without one, it is plain. Those of other rules are passed over."""
-    if option and rule not in option:
-        option = {}
+def test_without_its_option_attention_is_plain_and_with_another_value_it_is_another(student, rule):
+    others = {"window": [{"window": size} for size in (1, 3, 99)], "sinks": [{"sinks": torch.tensor([9.0, -9.0])}]}
     inputs = random_inputs(2, 2)
-    output = student.packed_attention(*inputs, SEGMENTS, SCALING, **option)
-    torch.testing.assert_close(output, slow_attention(*inputs, option), atol=1e-5, rtol=0)
+    for option in [{}, *others.get(rule, [])]:
+        output = student.packed_attention(*inputs, SEGMENTS, SCALING, **option)
+        torch.testing.assert_close(output, slow_attention(*inputs, option), atol=1e-5, rtol=0,
+                                   msg=lambda m, option=option: f"with {option or 'no option'}: {m}")
 
 
 def what_moves(attend, j):
