@@ -270,7 +270,7 @@ def test_later_steps_keep_the_old_log_probs(updated):
     assert_moved(ranks, expected, "--updates_per_batch 3")
 
 
-@pytest.mark.parametrize("flag, value", [("temperature", 0.7), ("beta", 0.5), ("clip_low", 0.02), ("clip_high", 0.02)])
+@pytest.mark.parametrize("flag, value", [("temperature", 0.7), ("beta", 0.5), ("clip_low", 0.02), ("clip_high", 0.8)])
 def test_a_flag_reaches_the_step(updated, flag, value):
     ranks, expected = updated(1, updates_per_batch=2 if "clip" in flag else 1, **{flag: value})
     assert_moved(ranks, expected, f"--{flag} {value}")
