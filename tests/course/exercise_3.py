@@ -5,7 +5,8 @@ FILE = "grpo.py"
 # What the file's header and the function's docstring and body say; each stands there once.
 HEADER = "advantage_i = (reward_i - mean of its group) / (std of its group + 1e-4)"
 HEADER_DR_GRPO = "`dr_grpo` also leaves out the division by the std."
-FORMULA = """    (r - mean) / (std + 1e-4), where the std divides by G - 1, as in TRL 0.14 and so in the released
+FORMULA = """\
+    (r - mean) / (std + 1e-4), where the std divides by G - 1, as in TRL 0.14 and so in the released
     code; `dr_grpo` (arXiv 2503.20783) only subtracts the mean. A group whose rewards are all equal
     gets exactly 0. Groups are rows, so two equal prompts never merge. Raises ValueError for G = 1,
     where every advantage would be 0 and nothing could be learnt.
