@@ -140,8 +140,9 @@ def test_two_actions(student, rule):
 def test_tags_that_are_no_pair_are_invalid_and_the_whole_text_is_kept(student):
     for action in ("", "Rome", "<answer> Rome", "Rome </answer>", "<answer> Rome </search>", "</answer> Rome <answer>",
                    "<answer> Rome <answer>", "</answer> Rome </answer>", "<ANSWER> Rome </ANSWER>",
-                   "<reply> Rome </reply>", "< answer> Rome </answer>", "<answer> <search> Rome </answer>", "<answer> <answer> Rome </answer>",
-                   "<answer> </search> Rome </answer>", "</search> <answer> Rome </answer>"):
+                   "<reply> Rome </reply>", "< answer> Rome </answer>", "<answer> <search> Rome </answer>",
+                   "<answer> <answer> Rome </answer>", "<answer> </search> Rome </answer>",
+                   "</search> <answer> Rome </answer>"):
         for text in (action, THOUGHT + action):
             assert tuple(student.parse_action(text)) == ("invalid", text), text
 
