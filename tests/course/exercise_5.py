@@ -21,8 +21,8 @@ EXERCISE = Exercise(
               "    The evenness is the entropy divided by its maximum, the log of the number of "
               "ids that are left:\n    1 for a uniform distribution; 0 where only one id is "
               "left.\n"),
-             ("grpo.py", "Returns two (N,) tensors in nats, float32",
-              "Returns two (N,) tensors (the\n    log-probs in nats), float32"),
+             ("grpo.py", "tensors in nats, float32 (float64 for float64).\n",
+              "tensors, float32 (float64 for float64).\n    Log-probs are in nats.\n"),
              ("grpo.py", "entropy = torch.cat(entropy)  # (N,)",
               "entropy = torch.cat(entropy)  # (N,)\n"
               "        num_left = len(lm_head) - len(suppressed)\n"
@@ -36,10 +36,10 @@ EXERCISE = Exercise(
              ("grpo.py", ENTROPY, "entropy.append(-probs.square_().sum(dim=1).log())  # (n,)")]),
         "ignored": Rule(
             "Targets of -100 are not scored: their log-prob and entropy are 0, without a gradient.",
-            [("grpo.py", "targets (N,) int64. suppressed:",
-              "targets (N,) int64. A target of -100 is not scored,\n"
-              "    as in PyTorch's cross_entropy: its log-prob and entropy are 0, and it has no "
-              "gradient. suppressed:"),
+            [("grpo.py", "targets (N,) int64. suppressed: int64 ids that are never sampled.\n",
+              "targets (N,) int64. A target of -100 is not scored, as in\n"
+              "    PyTorch's cross_entropy: its log-prob and entropy are 0, and it has no gradient.\n"
+              "    suppressed: int64 ids that are never sampled.\n"),
              ("grpo.py", GATHER,
               "logp = log_probs.gather(1, t.clamp(min=0)[:, None]).squeeze(1)  # (n,)\n"
               "            logps.append(logp.masked_fill(t < 0, 0.0))"),
@@ -53,10 +53,10 @@ EXERCISE = Exercise(
             "Every token may have a temperature of its own, as rollouts of a group may.",
             [("grpo.py", "targets: Tensor, *, temperature: float,",
               "targets: Tensor, *, temperature: float | Tensor,"),
-             ("grpo.py", "targets (N,) int64. suppressed:",
-              "targets (N,) int64. temperature: a number for all\n"
-              "    tokens, or (N,) float32, one for each, as rollouts may be sampled at several. "
-              "suppressed:"),
+             ("grpo.py", "targets (N,) int64. suppressed: int64 ids that are never sampled.\n",
+              "targets (N,) int64. temperature: a number for all tokens,\n"
+              "    or (N,) float32, one for each, as rollouts of a group may be sampled at several.\n"
+              "    suppressed: int64 ids that are never sampled.\n"),
              ("grpo.py", APPLY,
               "dtype = _at_least_float32(hidden)\n"
               "    temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden.device)\n"
@@ -98,7 +98,7 @@ EXERCISE = Exercise(
               "return logits.log_softmax(dim=1)",
               "return logits.to(hidden.dtype).log_softmax(dim=1).to(logits.dtype)"),
         Wrong("bf16_throughout", "log-probs are bf16", "grpo.py",
-              "logits = logits.to(_at_least_float32(logits))\n", ""),
+              "    logits = logits.to(_at_least_float32(logits))\n", ""),
         Wrong("float64_is_cut", "float64 comes back as float32", "grpo.py",
               "return torch.promote_types(tensor.dtype, torch.float32)", "return torch.float32"),
         # ---- the entropy
