@@ -33,7 +33,9 @@ EXERCISE = Exercise(
               "    The KL term of a token is ratio · k3, as in DeepSeek-V3.2 (arXiv 2512.02556, "
               "eq. 7), and is\n    differentiated as a whole. So its gradient is that of the KL, "
               "where k3's is not.\n\n    Returns the scalar loss and two sums"),
-             ("grpo.py", "`kl` (k3)\n    and `clipped`", "`kl`\n    (ratio · k3) and `clipped`"),
+             ("grpo.py", "`kl` (k3)\n    and `clipped` (tokens whose gradient the clip cuts). They",
+              "`kl`\n    (ratio · k3) and `clipped` (tokens whose gradient the clip cuts).\n"
+              "    They"),
              ("grpo.py", "kl = kl_k3(logps, ref_logps)",
               "kl = ratio * kl_k3(logps, ref_logps)")]),
         "dual_clip": Rule(

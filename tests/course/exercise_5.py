@@ -38,7 +38,8 @@ EXERCISE = Exercise(
             "Targets of -100 are not scored: their log-prob and entropy are 0, without a gradient.",
             [("grpo.py", "targets (N,) int64. suppressed: int64 ids that are never sampled.\n",
               "targets (N,) int64. A target of -100 is not scored, as in\n"
-              "    PyTorch's cross_entropy: its log-prob and entropy are 0, and it has no gradient.\n"
+              "    PyTorch's cross_entropy: its log-prob and entropy are 0, and it has no "
+              "gradient.\n"
               "    suppressed: int64 ids that are never sampled.\n"),
              ("grpo.py", GATHER,
               "logp = log_probs.gather(1, t.clamp(min=0)[:, None]).squeeze(1)  # (n,)\n"
@@ -55,7 +56,8 @@ EXERCISE = Exercise(
               "targets: Tensor, *, temperature: float | Tensor,"),
              ("grpo.py", "targets (N,) int64. suppressed: int64 ids that are never sampled.\n",
               "targets (N,) int64. temperature: a number for all tokens,\n"
-              "    or (N,) float32, one for each, as rollouts of a group may be sampled at several.\n"
+              "    or (N,) float32, one for each, as rollouts of a group may be sampled at "
+              "several.\n"
               "    suppressed: int64 ids that are never sampled.\n"),
              ("grpo.py", APPLY,
               "dtype = _at_least_float32(hidden)\n"
