@@ -213,7 +213,7 @@ def test_never_more_than_a_few_chunks_of_logits_exist(student):
 
     run()  # what is set up once
     chunks = peak_memory(run) / (4 * chunk * vocabulary)  # in float32 logits of a chunk; all of them would be 64
-    # In place it takes 3. Copies in float32 of the head and its gradient are half a chunk each.
+    # In place it takes 4, with torch.utils.checkpoint 7. The head's gradient counts too: half a chunk.
     assert 1 <= chunks <= 12, f"forward and backward pass hold {chunks:.0f} chunks of logits; all tokens are 64 chunks"
 
 
@@ -255,4 +255,4 @@ def test_the_head_s_gradient_is_added_up_in_float32(student):
         (logps * upstream).sum().backward()
         gradients.append(other.grad.double())
     error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
-    assert error < 0.006, f"bf16 loses digits in a sum of 256 chunks: relative error {error:.4f}"
+    assert error < 0.009, f"bf16 loses digits in a sum of 256 chunks: relative error {error:.4f}"
