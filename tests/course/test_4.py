@@ -58,27 +58,16 @@ def close(got, wanted, rel=2e-5):
 # ------------------------------------------------------------------------------------------------------------------ KL
 
 
-def test_kl_of_single_tokens_by_hand(student, rule):
+def test_kl_of_single_tokens(student, rule):
     # p = 0.5, q = 0.1: 0.2 + ln 5 - 1; or (ln 5)² / 2. p = 0.2, q = 0.6: 3 - ln 3 - 1; or (ln 3)² / 2.
     expected = [1.295145, 0.0, 0.603474] if rule == "k2" else [0.809438, 0.0, 0.901388]
     got = student.kl_k3(torch.tensor(P).log(), torch.tensor(Q).log())
     assert close(got, expected), f"KL of tokens with p = {P}, q = {Q}: got {got.tolist()}"
-
-
-def test_kl_is_never_negative_and_zero_where_policies_agree(student):
     logps = torch.linspace(-8, 0, 33)
     got = student.kl_k3(logps[:, None], logps[None, :])  # (33, 33)
     assert got.min() >= -1e-6, "an estimate is negative"
     assert got.diagonal().abs().max() <= 1e-6, "two policies that agree have a KL"
     assert (got + torch.eye(33)).min() > 1e-3, "two policies that differ have none"
-
-
-def test_kl_has_its_own_gradient(student, rule):
-    logps = torch.tensor(P).log().requires_grad_()
-    student.kl_k3(logps, torch.tensor(Q).log()).sum().backward()
-    # k3: 1 - q/p. k2: log(p/q).
-    expected = [math.log(5), 0.0, -math.log(3)] if rule == "k2" else [0.8, 0.0, -2.0]
-    assert logps.grad is not None and close(logps.grad, expected), f"gradient at p = {P}, q = {Q}: got {logps.grad}"
 
 
 # Every sequence of two tokens out of three, each as often as the policy samples it: the batch is the expectation.
@@ -200,7 +189,7 @@ def test_a_batch_that_is_used_once_has_the_gradient_of_its_log_probs(student):
     loss, sums = student.policy_loss(logps, torch.tensor([2.0, -1.0]), torch.tensor([[0.25, 0.25], [0.5, 0.0]]))
     loss.backward()
     assert loss.item() == pytest.approx(-0.5, abs=1e-6), "-(0.25 · 2 + 0.25 · 2 - 0.5 · 1)"
-    assert close(logps.grad, [[-0.5, -0.5], [0.5, 0.0]]), "minus weight times advantage"
+    assert close(logps.grad, [[-0.5, -0.5], [0.5, 0.0]]), "minus weight times the rollout's advantage"
     assert (float(sums["kl"]), float(sums["clipped"])) == (0.0, 0.0), "nothing was clipped, and there is no reference"
 
 
@@ -297,12 +286,6 @@ def test_an_update_in_micro_batches_is_the_same(student, loss):
         totals, gradient = update(student, loss, pieces, extra=extra)
         assert close(totals, wanted), f"{loss}: rollouts {pieces}, {extra} columns of padding: loss, KL, clipped"
         assert close(gradient, slopes), f"{loss}: rollouts {pieces}, {extra} columns of padding: gradient"
-
-
-def test_advantages_belong_to_rollouts_also_where_the_batch_is_square(student):
-    logps = torch.tensor([[-1.0, -2.0], [-3.0, -0.5]], requires_grad=True)
-    student.policy_loss(logps, torch.tensor([4.0, -1.0]), torch.full((2, 2), 0.25))[0].backward()
-    assert close(logps.grad, [[-1.0, -1.0], [0.25, 0.25]])
 
 
 @pytest.mark.parametrize("filler", [math.inf, -math.inf, math.nan, -1e4])
