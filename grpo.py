@@ -53,7 +53,8 @@ def token_logps(hidden: Tensor, lm_head: Tensor, targets: Tensor, *, temperature
     hidden (N, H), lm_head (V, H), targets (N,) int64. suppressed: int64 ids that are never sampled.
     They are taken out of the softmax here too, so that tokens are scored under the distribution
     that they were sampled from. Returns two (N,) tensors in nats, float32 (float64 for float64).
-    At most chunk·V logits exist at a time, never N·V: the backward pass computes them again.
+    At most chunk·V logits exist at a time, never N·V: the backward pass computes them again. Sums
+    over chunks are float32 too, whatever the dtype of lm_head. N may be 0.
     """
     return _TokenLogps.apply(hidden, lm_head, targets, temperature, suppressed, chunk)
 
@@ -154,7 +155,8 @@ def policy_loss(logps: Tensor, advantages: Tensor, weights: Tensor, *,
 
     logps, weights, old_logps, ref_logps: (B, T) float32; advantages: (B,). old_logps=None means
     that the batch is used once: the ratio is 1, and its gradient is that of logps. ref_logps=None
-    means no KL term.
+    means no KL term. Where a weight is 0, the other tensors may hold any number, even infinities:
+    it reaches neither the loss nor the gradient.
 
     Returns the scalar loss and two sums to be added up over micro-batches and ranks too: `kl` (k3)
     and `clipped` (tokens whose gradient the clip cuts). They are weighted as the loss is; divided
