@@ -313,7 +313,7 @@ def test_random_rollouts_are_what_their_turns_say(policy, student, tools, rule, 
     monkeypatch.setattr(rollout, "_append_action", student._append_action)
     monkeypatch.setattr(rollout, "_append_observation", student._append_observation)
     rng, stops = random.Random(0), []
-    for _ in range(14):
+    for _ in range(10):
         limits = Limits(max_turns=rng.randint(1, 5), max_new_tokens=rng.randint(40, 90),
                         max_tokens=rng.randint(180, 450), max_images=rng.randint(1, 3))
         tasks, said = [task(None), task(noise()), task(noise((84, 112)))], {}

@@ -25,7 +25,8 @@ def chances_of(logits: list[float], temperature: float, suppressed: list[int], r
     at = 1.0 if temperature < 1e-6 else temperature
     top = max(x for i, x in enumerate(logits) if i not in suppressed)
     weights = [0.0 if i in suppressed else math.exp((x - top) / at) for i, x in enumerate(logits)]
-    chances = [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    chances = [weight / total for weight in weights]
     if rule == "min_p":
         assert all(abs(weight - 0.1) > 1e-6 for weight in weights), "the test's numbers are too close to the bound"
         chances = [chance if weight >= 0.1 else 0.0 for chance, weight in zip(chances, weights)]
@@ -34,7 +35,8 @@ def chances_of(logits: list[float], temperature: float, suppressed: list[int], r
         for i in sorted(range(len(chances)), key=lambda i: -chances[i]):
             assert abs(covered - 0.9) > 1e-6, "the test's numbers are too close to the bound"
             covered, chances[i] = covered + chances[i], chances[i] if covered < 0.9 else 0.0
-    return [chance / sum(chances) for chance in chances]
+    total = sum(chances)
+    return [chance / total for chance in chances]
 
 
 def check_frequencies(ids: list[int], chances: list[float], what: str):
@@ -58,22 +60,23 @@ def check_frequencies(ids: list[int], chances: list[float], what: str):
 class ChooseUniform(TorchDispatchMode):
     """Inside, uniform numbers are chosen where at most one a row is asked of torch, in the accuracy of their dtype.
 
-    Larger requests are left alone, and so is all that is not uniform. `asked` says whether a number was chosen.
+    They may be asked for all at once or one by one. Other requests are left alone. `asked`: how many were chosen.
     """
 
     def __init__(self, numbers: list[float]):
         super().__init__()
-        self.numbers, self.asked = torch.tensor(numbers, dtype=torch.float64), False
+        self.numbers, self.asked = torch.tensor(numbers, dtype=torch.float64), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         aten = torch.ops.aten
         is_uniform = function.overloadpacket in (aten.rand, aten.rand_like, aten.uniform_, aten.uniform)
-        if is_uniform and result.numel() == len(self.numbers):
+        if is_uniform and result.numel() in (1, len(self.numbers)):
+            numbers = self.numbers if result.numel() > 1 else self.numbers[self.asked % len(self.numbers)]
             bits = {torch.float64: 53, torch.float32: 24}.get(result.dtype, 8)  # multiples of 2^-bits, below 1
-            chosen = (self.numbers * 2.0**bits).floor().clamp(max=2.0**bits - 1) / 2.0**bits
+            chosen = (numbers * 2.0**bits).floor().clamp(max=2.0**bits - 1) / 2.0**bits
             result.copy_(chosen.to(result.dtype).reshape(result.shape))
-            self.asked = True
+            self.asked += result.numel()
         return result
 
 
@@ -82,18 +85,31 @@ def logits_of(num_ids: int, seed: int, spread: float = 1.5) -> torch.Tensor:
 
 
 # ---- log-probs -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_the_distribution_at_the_temperature(student, rule, temperature):
     suppressed = [0, 17, 119]
     rows = torch.stack([logits_of(120, seed) for seed in range(6)])
-    rows[:, 17] = 8.0  # it would be the likeliest
     torch.manual_seed(1)
     ids, logps = student.draw(rows.repeat(20, 1), temperature, torch.tensor(suppressed))
     assert ids.shape == logps.shape == (120,) and ids.dtype == torch.int64, "ids and log-probs: (B,) each"
+    chances = [chances_of(row, temperature, suppressed, rule) for row in rows.tolist()]
     for b, (i, logp) in enumerate(zip(ids.tolist(), logps.tolist())):
-        chance = chances_of(rows[b % 6].tolist(), temperature, suppressed, rule)[i]
+        chance = chances[b % 6][i]
         assert chance > 0, f"id {i} of row {b % 6} cannot be drawn"
         assert abs(logp - math.log(chance)) < 1e-4, f"log-prob of id {i} in row {b % 6}, in nats"
+
+
+def test_suppressed_ids_are_neither_drawn_nor_scored(student, rule):
+    suppressed = [0, 17, 50]
+    rows = torch.stack([logits_of(51, seed) for seed in range(6)])
+    rows[:, 17] = 8.0  # it would be the likeliest by far
+    torch.manual_seed(2)
+    for temperature in (1.0, 0.0):
+        ids, logps = student.draw(rows.repeat(20, 1), temperature, torch.tensor(suppressed))
+        assert not set(suppressed) & set(ids.tolist()), f"temperature {temperature}: a suppressed id was drawn"
+        chances = [chances_of(row, temperature, suppressed, rule) for row in rows.tolist()]
+        for b, (i, logp) in enumerate(zip(ids.tolist(), logps.tolist())):
+            assert abs(logp - math.log(chances[b % 6][i])) < 1e-4, "the ids that are left have probability 1 together"
 
 
 def test_large_logits(student, rule):
@@ -113,7 +129,7 @@ def test_a_row_with_one_id_left(student, rule):
 
 
 # ---- frequencies ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_ids_are_as_frequent_as_they_are_probable(student, rule, temperature):
     suppressed, row = [0, 3, 119], logits_of(120, seed=7)
     row[3] = 4.0
@@ -143,9 +159,9 @@ def test_every_part_of_a_large_vocabulary_is_drawn(student, rule):
         chances, order = kept.sort(descending=True)
         kept[order[(chances.cumsum(0) >= 0.9).nonzero()[0].item() + 1:]] = 0.0
     torch.manual_seed(4)
-    ids = torch.cat([student.draw(row.repeat(25, 1), 1.0, NONE)[0] for _ in range(8)])
-    quarters = [part.sum().item() / kept.sum().item() for part in kept.split(LARGE // 4)]
-    check_frequencies((ids // (LARGE // 4)).tolist(), quarters, "quarters of the vocabulary")
+    ids = torch.cat([student.draw(row.repeat(15, 1), 1.0, NONE)[0] for _ in range(10)])
+    halves = [part.sum().item() / kept.sum().item() for part in kept.split(LARGE // 2)]
+    check_frequencies((ids // (LARGE // 2)).tolist(), halves, "halves of the vocabulary")
     assert kept[ids].min() > 0, "an id of probability 0 was drawn"
 
 
@@ -187,16 +203,15 @@ def test_the_rarest_ids_of_a_large_vocabulary_keep_their_room(student, rule):
 
 
 # ---- greedy, seeds -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("temperature", [0.0, 1e-7, 1e-46])
-def test_a_temperature_below_a_millionth_takes_the_likeliest_with_its_log_prob_at_1(student, rule, temperature):
+def test_a_temperature_below_a_millionth_takes_the_likeliest_with_its_log_prob_at_1(student, rule):
     suppressed = [5, 60]
     rows = torch.stack([logits_of(80, seed) for seed in range(20)])
-    rows[:, 5] = 9.0  # would be the likeliest
-    ids, logps = student.draw(rows.clone(), temperature, torch.tensor(suppressed))
-    for row, i, logp in zip(rows.tolist(), ids.tolist(), logps.tolist()):
-        chances = chances_of(row, temperature, suppressed, rule)
-        assert i == max(range(80), key=lambda i: chances[i]), "the likeliest id that is not suppressed"
-        assert abs(logp - math.log(chances[i])) < 1e-4, "its log-prob at temperature 1"
+    for temperature in (0.0, 1e-7, 1e-46):
+        ids, logps = student.draw(rows.clone(), temperature, torch.tensor(suppressed))
+        for row, i, logp in zip(rows.tolist(), ids.tolist(), logps.tolist()):
+            chances = chances_of(row, temperature, suppressed, rule)
+            assert i == max(range(80), key=lambda i: chances[i]), f"temperature {temperature}: the likeliest id"
+            assert abs(logp - math.log(chances[i])) < 1e-4, f"temperature {temperature}: its log-prob at 1"
 
 
 def test_a_seed_repeats_the_ids_and_another_draws_others(student):
