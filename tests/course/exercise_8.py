@@ -4,6 +4,10 @@ from course import Exercise, Rule, Wrong
 DOC = '''\
     One distribution for both: suppressed ids are taken out, then comes the temperature (below 1e-6:
     the likeliest token, with its log-prob at 1). A uniform number is looked up'''
+MASKED = '''\
+    logits = logits.float().index_fill(1, suppressed, float("-inf"))
+    is_greedy = temperature < 1e-6
+'''
 SOFTMAX = '''\
     logps = torch.log_softmax(logits / (1.0 if is_greedy else temperature), dim=1)
 '''
@@ -87,9 +91,10 @@ EXERCISE = Exercise(
               '    logits = logits.float().index_fill(1, suppressed, float("-inf"))\n',
               "    logits = logits.float()\n"),
         Wrong("suppressed_scored", "ids that are never drawn keep their share of the softmax",
-              "model.py", RETURNED, '''\
-    whole = torch.log_softmax(given / (1.0 if is_greedy else temperature), dim=1)
-    return ids.squeeze(1), whole.gather(1, ids).squeeze(1)
+              "model.py", MASKED + SOFTMAX, '''\
+    is_greedy = temperature < 1e-6
+''' + SOFTMAX + '''\
+    logps = logps.index_fill(1, suppressed, float("-inf"))
 '''),
         Wrong("suppressed_by_position", "suppressed ids get the logit 0 instead of none",
               "model.py", 'index_fill(1, suppressed, float("-inf"))',
