@@ -1,4 +1,4 @@
-"""Exercise 6: what a turn of the policy and a tool's answer add to the sequence, and when a rollout ends."""
+"""Exercise 6: what an action and an observation add to the sequence, and when a rollout ends."""
 from course import Exercise, Rule, Wrong
 
 ACTION_DOC = '''\
@@ -227,7 +227,8 @@ EXERCISE = Exercise(
         Wrong("observation_logps_missing", "log-probs no longer stand beside their tokens",
               "rollout.py", "    rollout.logps += [0.0] * len(ids)\n", ""),
         Wrong("observation_logps_not_zero", "an observation has log-probs", "rollout.py",
-              "    rollout.logps += [0.0] * len(ids)\n", "    rollout.logps += [-1.0] * len(ids)\n"),
+              "    rollout.logps += [0.0] * len(ids)\n",
+              "    rollout.logps += [-1.0] * len(ids)\n"),
         Wrong("header_in_the_loss", "the header of the next turn is trained on", "rollout.py",
               "    rollout.action_mask += [0] * len(ids)\n",
               "    rollout.action_mask += [0] * (len(ids) - 3) + [1] * 3\n"),

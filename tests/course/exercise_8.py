@@ -1,4 +1,4 @@
-"""Exercise 8: the next token of every row, drawn from the very distribution that its log-prob is of."""
+"""Exercise 8: the next token of every row, drawn from the distribution that its log-prob is of."""
 from course import Exercise, Rule, Wrong
 
 DOC = '''\
@@ -115,7 +115,8 @@ EXERCISE = Exercise(
         ids = ids.clamp(max=logps.shape[1] - 1)
 '''),
         Wrong("float32_numbers", "a uniform number of 24 bits passes most rare ids by",
-              "model.py", "dtype=torch.float64, device=logps.device)", "device=logps.device).double()"),
+              "model.py", "dtype=torch.float64, device=logps.device)",
+              "device=logps.device).double()"),
         Wrong("float32_sums_widened", "float64 begins only once float32 has lost the tail",
               "model.py", "logps.double().exp_().cumsum(dim=1)",
               "logps.exp().cumsum(dim=1).double()"),
@@ -141,7 +142,7 @@ EXERCISE = Exercise(
 '''),
         Wrong("another_generator", "the seed of a run does not repeat its samples", "model.py",
               "uniform = torch.rand(len(logps), 1, dtype=torch.float64, device=logps.device)",
-              "uniform = torch.rand(len(logps), 1, dtype=torch.float64, device=logps.device,\n"
-              "                             generator=(g := torch.Generator()).manual_seed(g.seed()))"),
+              "g = torch.Generator()\n        g.seed()\n        "
+              "uniform = torch.rand(len(logps), 1, dtype=torch.float64, generator=g)"),
     ],
 )

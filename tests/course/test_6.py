@@ -113,8 +113,8 @@ def test_the_end_token_is_trained_on_and_is_not_part_of_the_text(policy, play):
 
 def test_a_turns_text_is_the_whole_of_what_was_sampled_before_its_end(policy, play):
     start = policy.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    inner = [*plain(policy, " Hm."), start, *plain(policy, ANSWER + " "), policy.end_id]
-    assert play([inner]).turns[0].text == f" Hm.<|im_start|>{ANSWER} ", "a turn that has ended"
+    inner = [*plain(policy, "Hm."), start, *plain(policy, ANSWER), policy.end_id]
+    assert play([inner]).turns[0].text == f"Hm.<|im_start|>{ANSWER}", "a turn that has ended"
     cut = plain(policy, "Hm, it is 7")
     assert play([cut]).turns[0].text == "Hm, it is 7", "a turn that was cut off"
 
