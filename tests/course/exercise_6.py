@@ -33,6 +33,11 @@ ROOM = '''\
         return
     turn.observation = text
 '''
+RESTARTED = '''\
+    if limits.released_context:
+        _restart(policy, rollout, image)
+        return
+'''
 APPENDED = '''\
     rollout.ids += ids
     rollout.action_mask += [0] * len(ids)
@@ -233,16 +238,8 @@ EXERCISE = Exercise(
               "    rollout.action_mask += [0] * len(ids)\n",
               "    rollout.action_mask += [0] * (len(ids) - 3) + [1] * 3\n"),
         Wrong("tokens_after", "the budget is checked once the observation is in the sequence",
-              "rollout.py", ROOM + '''\
-    if limits.released_context:
-        _restart(policy, rollout, image)
-        return
-''' + APPENDED, '''\
-    turn.observation = text
-    if limits.released_context:
-        _restart(policy, rollout, image)
-        return
-''' + APPENDED + '''\
+              "rollout.py", ROOM + RESTARTED + APPENDED,
+              "    turn.observation = text\n" + RESTARTED + APPENDED + '''\
     if len(rollout.ids) + limits.max_new_tokens > limits.max_tokens:
         rollout.stop = "length"
 '''),
@@ -258,6 +255,13 @@ EXERCISE = Exercise(
         Wrong("images_after", "one image too many is let in", "rollout.py",
               "if picture and len(rollout.images) >= limits.max_images:",
               "if picture and len(rollout.images) > limits.max_images:"),
+        Wrong("images_checked_later", "an image too many is in the sequence before it is noticed",
+              "rollout.py", IMAGES + ENCODED + ROOM + RESTARTED + APPENDED,
+              "    picture = result.image if result else None\n" + ENCODED + ROOM + RESTARTED
+              + APPENDED + '''\
+    if picture and len(rollout.images) > limits.max_images:
+        rollout.stop = "images"
+'''),
         Wrong("images_unbounded", "images are not counted", "rollout.py", IMAGES,
               "    picture = result.image if result else None\n"),
         Wrong("images_end_every_call", "a full list of images ends rollouts that ask for text",
@@ -279,7 +283,6 @@ EXERCISE = Exercise(
         Wrong("observation_of_the_end", "a turn that ended the rollout has an observation",
               "rollout.py", IMAGES, "    turn.observation = text\n" + IMAGES),
         Wrong("context_not_restarted", "--released_context True does nothing", "rollout.py",
-              "    if limits.released_context:\n        _restart(policy, rollout, image)\n"
-              "        return\n", ""),
+              RESTARTED, ""),
     ],
 )
