@@ -183,8 +183,8 @@ def test_an_id_of_probability_0_is_never_drawn(student, rule):
 
 def test_the_rarest_ids_of_a_large_vocabulary_keep_their_room(student, rule):
     # The last 1,000 ids have 1e-9 each: a run that draws 10^8 tokens meets them.
-    chances = torch.full((LARGE,), (1 - 1e-6) / (LARGE - 1000), dtype=torch.float64)
-    chances[-1000:] = 1e-9
+    chances = torch.full((LARGE,), 1e-13, dtype=torch.float64)
+    chances[:3], chances[-1000:] = 0.3333, 1e-9
     row = chances.log().float()
     numbers = torch.arange(32, dtype=torch.float64) * 3e-8 + 1e-8  # 32 of the first and of the last 1e-6
     drawn = []
