@@ -80,9 +80,9 @@ def functions_here() -> dict[str, object]:
     return {name: getattr(importlib.import_module(module), attribute) for name, (module, attribute) in table.items()}
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Beside the project's own tests these are thorough: they run on code that has tests of its own."""
-    if (ROOT / "tests" / "conftest.py").exists():
+    if any(line.startswith("thorough") for line in config.getini("markers")):
         for item in items:
             if item.path.parent == HERE:
                 item.add_marker(pytest.mark.thorough)

@@ -36,7 +36,7 @@ from course import HERE, ROOT, Exercise, load_exercises, make_reference, rules_o
 
 SECONDS = 30  # of one test
 MEMORY = 8 << 30  # bytes of addresses; torch takes three on its own
-OUTPUT = 4 << 20  # bytes of one test's output, and of any file that it writes
+OUTPUT = 64 << 20  # bytes of one test's output, and of any file that it writes
 FORK = multiprocessing.get_context("fork")
 
 
@@ -101,7 +101,7 @@ class Grader:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch:
             status = self._fork(Path(scratch), student, exercise, [test])
-            log = Path(scratch, "log").read_text(errors="replace")[-OUTPUT:]
+            log = Path(scratch, "log").read_text(errors="replace")[-100_000:]
         why = {0: "", None: f"no end within {self.seconds:g} s, or the process ended by itself"}.get(status, first_error(log))
         if self._mend():
             status, why = 1, "a file of the tests was changed"
@@ -140,7 +140,7 @@ class Grader:
         os.chdir(self.place(exercise) / HERE)
         sys.dont_write_bytecode = True
         sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / HERE)]
-        status = pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={os.getcwd()}", "-m", "",
+        status = pytest.main(["-q", "--tb=short", "-o", "console_output_style=classic", "-p", "no:cacheprovider", f"--rootdir={os.getcwd()}", "-m", "",
                               f"--confcutdir={os.getcwd()}", f"--basetemp={scratch / 'tmp'}", *arguments])
         sys.stdout.flush()
         os.write(end, word + bytes([status]))

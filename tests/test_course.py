@@ -1,0 +1,161 @@
+"""The course: its starter is the project with holes, its grader gives what is due, to submissions of every kind.
+
+    python -m pytest tests/test_course.py
+"""
+import ast
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COURSE = ROOT / "tests" / "course"
+TERM = 7
+
+
+def run(script, *args, cwd=ROOT):
+    """A script of the course, to its end."""
+    return subprocess.run([sys.executable, COURSE / script, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("course") / "starter"
+    done = run("make_starter.py", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def graded(folder, tmp_path, *args):
+    """{number: the exercise's row} of points.json, and what was printed."""
+    done = run("grade.py", folder, "--json", tmp_path / "points.json", *args)
+    assert done.returncode == 0, done.stderr
+    return {row["number"]: row for row in json.loads((tmp_path / "points.json").read_text())["exercises"]}, done.stdout
+
+
+def submission(starter, tmp_path, body, imports=""):
+    """A folder in which exercise 3 is written in a file of the student's own: a body of lines."""
+    folder = tmp_path / "submission"
+    subprocess.run(["cp", "-r", starter, folder], check=True)
+    text = "".join(f"    {line}\n" for line in body.splitlines())
+    (folder / "mine.py").write_text(f"import torch\n{imports}\ndef advantages(rewards, loss='grpo'):\n{text}")
+    adapters = folder / "tests" / "course" / "adapters.py"
+    adapters.write_text(adapters.read_text().replace('("grpo", "group_advantages")', '("mine", "advantages")'))
+    return folder
+
+
+RIGHT = """\
+rewards = rewards.float()
+if rewards.ndim != 2 or rewards.shape[1] < 2:
+    raise ValueError
+centred = rewards - rewards.mean(1, keepdim=True)
+centred = torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), torch.zeros_like(centred), centred)
+return centred if loss == "dr_grpo" else centred / (rewards.std(1, keepdim=True) + 1e-4)
+"""
+
+
+# ---- the starter ---------------------------------------------------------------------------------------------------
+def test_a_starter_has_holes_where_the_exercises_are_and_nothing_of_the_solutions(starter):
+    sys.path.insert(0, str(COURSE))
+    from course import load_exercises
+    for exercise in load_exercises():
+        for file, names in exercise.blanks.items():
+            here, there = (ast.parse((folder / file).read_text()) for folder in (ROOT, starter))
+            for name in names:
+                ours, theirs = (next(node for node in tree.body if getattr(node, "name", None) == name)
+                                for tree in (here, there))
+                assert ast.unparse(ours.args) == ast.unparse(theirs.args)
+                assert ast.get_docstring(ours) == ast.get_docstring(theirs) and len(theirs.body) == 2
+                assert ast.unparse(theirs.body[1]) == f"raise NotImplementedError('exercise {exercise.number}')"
+            gone = exercise.drops.get(file, [])
+            assert not set(gone) & {getattr(node, "name", None) for node in there.body}
+    left = {path.name for path in (starter / "tests" / "course").iterdir()}
+    assert not [name for name in left if name.startswith("exercise_")] and not left & {"grade.py", "check.py", "course.py"}
+    assert [path.name for path in (starter / "tests").iterdir()] == ["course"]
+
+
+def test_the_rest_of_a_starter_imports_and_answers(starter):
+    scripts = [path.stem for path in ROOT.glob("*.py")]
+    done = subprocess.run([sys.executable, "-c", f"import {', '.join(scripts)}"], cwd=starter, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=starter, capture_output=True, text=True)
+    assert done.returncode == 0 and "--group_size" in done.stdout
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    done = run("make_starter.py", tmp_path)
+    assert done.returncode == 1 and "not empty" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_term_changes_docstring_and_solution_and_says_so(tmp_path):
+    for name, flags in (("starter", []), ("solved", ["--solved"])):
+        assert run("make_starter.py", tmp_path / name, "--term", TERM, *flags).returncode == 0
+    page = (tmp_path / "starter" / "tests" / "course" / "rules.md").read_text()
+    assert page.count("\n") >= 9 and "NotImplementedError" not in (tmp_path / "solved" / "grpo.py").read_text()
+    doc = {folder: ast.get_docstring(next(node for node in ast.parse((folder / "grpo.py").read_text()).body
+                                          if getattr(node, "name", None) == "group_advantages"))
+           for folder in (ROOT, tmp_path / "starter", tmp_path / "solved")}
+    assert doc[ROOT] != doc[tmp_path / "starter"] == doc[tmp_path / "solved"]
+
+
+# ---- grading -------------------------------------------------------------------------------------------------------
+def test_a_folder_without_adapters_is_refused(tmp_path):
+    done = run("grade.py", tmp_path)
+    assert done.returncode == 1 and "adapters.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_right_solution_in_a_file_of_its_own_gets_all_points_of_its_exercise(starter, tmp_path):
+    rows, text = graded(submission(starter, tmp_path, RIGHT), tmp_path, "--exercise", "3", "--junit", tmp_path / "points.xml")
+    assert rows[3]["points"] == rows[3]["of"] == 5 and "5 of 5" in text
+    [suite] = ElementTree.parse(tmp_path / "points.xml").getroot()
+    assert suite.get("failures") == "0" and int(suite.get("tests")) == len(rows[3]["tests"])
+
+
+BY_ITSELF = "the process ended by itself"
+HOSTILE = {  # name: (body, what is imported first, why no test passes)
+    "a hang": ("while True: pass", "", "no end within"),
+    "sys.exit": ("import sys; sys.exit(0)", "", "SystemExit"),
+    "os._exit": ("import os; os._exit(0)", "", BY_ITSELF),
+    "an exit when it is imported": ("return rewards", "import os; os._exit(0)", BY_ITSELF),
+    "a file that does not parse": ("return (", "", "SyntaxError"),
+    "a signal": ("import os, signal; os.killpg(0, signal.SIGKILL)", "", BY_ITSELF),
+    "much memory": ("return torch.zeros(4 << 30)", "", "DefaultCPUAllocator"),
+    "a million lines": ("print('line\\n' * 1_000_000); return rewards", "", ""),
+    "edited tests": (
+        "import pathlib, sys\nfor path in pathlib.Path.cwd().glob('test_*.py'):\n"
+        "    path.write_text('def test_all(): pass\\n')\nreturn rewards", "", "a file of the tests was changed"),
+}
+
+
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.thorough) for name in HOSTILE if name != "os._exit"),
+                                  "os._exit"])
+def test_a_hostile_submission_loses_what_it_touches_and_no_more(starter, tmp_path, name):
+    body, imports, why = HOSTILE[name]
+    folder = submission(starter, tmp_path, body, imports)
+    before = {path: path.read_bytes() for path in COURSE.iterdir() if path.is_file()}
+    rows, text = graded(folder, tmp_path, "--exercise", "3", "--seconds", "5")
+    assert rows[3]["points"] == 0 and all(why in test["why"] for test in rows[3]["tests"]), text
+    assert before == {path: path.read_bytes() for path in COURSE.iterdir() if path.is_file()}
+
+
+@pytest.mark.thorough
+def test_the_starter_gets_nothing_and_the_reference_everything(starter, tmp_path):
+    rows, _ = graded(starter, tmp_path)
+    assert sorted(rows) == list(range(1, 10)) and all(row["points"] == 0 for row in rows.values())
+    assert all("NotImplementedError: exercise" in test["why"] for row in rows.values() for test in row["tests"])
+    rows, _ = graded(ROOT, tmp_path)
+    assert all(row["points"] == row["of"] for row in rows.values())
+
+
+@pytest.mark.thorough
+def test_a_terms_solution_gets_everything_and_the_reference_does_not(tmp_path):
+    assert run("make_starter.py", tmp_path / "solved", "--term", TERM, "--solved").returncode == 0
+    rows, _ = graded(tmp_path / "solved", tmp_path, "--term", TERM)
+    assert all(row["points"] == row["of"] for row in rows.values())
+    rows, _ = graded(ROOT, tmp_path, "--term", TERM)
+    assert all(row["points"] < row["of"] for row in rows.values())
