@@ -94,7 +94,8 @@ def _tip(action: Action) -> str:
     """Append sampled ids as they are, parse their text, end the rollout if nothing can follow.
 
     An invalid turn that has ended does not end the rollout, unless it is the last one: the stop is
-    then "invalid". The policy is told and tries again, as in Search-R1 (arXiv 2503.09516, 3.2).
+    then "invalid". The policy is told and tries again, as in Search-R1 (arXiv 2503.09516,
+    algorithm 1).
     """
 '''),
     ("rollout.py", STOPS, '''\

@@ -25,7 +25,7 @@ RETURNED = "    return ids.squeeze(1), logps.gather(1, ids).squeeze(1)\n"
 MIN_P = [
     ("model.py", DOC, '''\
     One distribution for both: suppressed ids are taken out, then comes the temperature (below 1e-6:
-    a temperature of 1, and the likeliest token is taken), then min-p (arXiv 2407.01082, section 3):
+    a temperature of 1, and the likeliest token is taken), then min-p (arXiv 2407.01082):
     ids with less than 0.1 times the probability of the row's likeliest are taken out too, and the
     rest add up to 1 again. A uniform number is looked up'''),
     ("model.py", SOFTMAX, SOFTMAX + '''\
@@ -36,9 +36,9 @@ MIN_P = [
 TOP_P = [
     ("model.py", DOC, '''\
     One distribution for both: suppressed ids are taken out, then comes the temperature (below 1e-6:
-    a temperature of 1, and the likeliest token is taken), then top-p (arXiv 1904.09751, section
-    3.1): the fewest likeliest ids whose probabilities add up to 0.9 or more stay, the others are
-    taken out too, and the rest add up to 1 again. A uniform number is looked up'''),
+    a temperature of 1, and the likeliest token is taken), then top-p (arXiv 1904.09751): the fewest
+    likeliest ids whose probabilities add up to 0.9 or more stay, the others are taken out too, and
+    the rest add up to 1 again. A uniform number is looked up'''),
     ("model.py", SOFTMAX, SOFTMAX + '''\
     chances, order = logps.double().exp_().sort(dim=1, descending=True)  # (B, V)
     likelier = chances.cumsum(dim=1) - chances  # the sum of all that stand before it
