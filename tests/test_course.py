@@ -4,6 +4,7 @@
 """
 import ast
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -125,7 +126,7 @@ HOSTILE = {  # name: (body, what is imported first, why no test passes)
     "a file that does not parse": ("return (", "", "SyntaxError"),
     "a signal": ("import os, signal; os.killpg(0, signal.SIGKILL)", "", BY_ITSELF),
     "much memory": ("return torch.zeros(4 << 30)", "", "DefaultCPUAllocator"),
-    "a million lines": ("print('line\\n' * 1_000_000); return rewards", "", ""),
+    "a million lines": ("print('line\\n' * 1_000_000)", "", ""),
     "edited tests": (
         "import pathlib, sys\nfor path in pathlib.Path.cwd().glob('test_*.py'):\n"
         "    path.write_text('def test_all(): pass\\n')\nreturn rewards", "", "a file of the tests was changed"),
@@ -143,19 +144,33 @@ def test_a_hostile_submission_loses_what_it_touches_and_no_more(starter, tmp_pat
     assert before == {path: path.read_bytes() for path in COURSE.iterdir() if path.is_file()}
 
 
-@pytest.mark.thorough
-def test_the_starter_gets_nothing_and_the_reference_everything(starter, tmp_path):
-    rows, _ = graded(starter, tmp_path)
-    assert sorted(rows) == list(range(1, 10)) and all(row["points"] == 0 for row in rows.values())
-    assert all("NotImplementedError: exercise" in test["why"] for row in rows.values() for test in row["tests"])
-    rows, _ = graded(ROOT, tmp_path)
-    assert all(row["points"] == row["of"] for row in rows.values())
+def tested(folder):
+    """{test: why it failed, or None} of the exercises' tests, run in a folder as a student runs them."""
+    report = folder.parent / "report.xml"
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/course", f"--junitxml={report}"], cwd=folder,
+                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    failures = {case.get("name"): case.find("failure") if case.find("error") is None else case.find("error")
+                for case in ElementTree.parse(report).getroot().iter("testcase")}
+    return {name: None if failure is None else failure.get("message") + (failure.text or "")
+            for name, failure in failures.items()}
 
 
 @pytest.mark.thorough
-def test_a_terms_solution_gets_everything_and_the_reference_does_not(tmp_path):
+def test_every_test_fails_in_the_starter_for_want_of_a_body(starter):
+    why = tested(starter)
+    assert len(why) > 100 and [name for name in why if "NotImplementedError: exercise" not in (why[name] or "")] == []
+
+
+@pytest.mark.thorough
+def test_every_test_passes_with_the_solutions(tmp_path):
+    assert run("make_starter.py", tmp_path / "solved", "--solved").returncode == 0
+    why = tested(tmp_path / "solved")
+    assert len(why) > 100 and {name: reason for name, reason in why.items() if reason} == {}
+
+
+@pytest.mark.thorough
+def test_a_terms_solution_gets_all_points_and_the_reference_does_not(tmp_path):
     assert run("make_starter.py", tmp_path / "solved", "--term", TERM, "--solved").returncode == 0
-    rows, _ = graded(tmp_path / "solved", tmp_path, "--term", TERM)
-    assert all(row["points"] == row["of"] for row in rows.values())
-    rows, _ = graded(ROOT, tmp_path, "--term", TERM)
-    assert all(row["points"] < row["of"] for row in rows.values())
+    for folder, is_right in ((tmp_path / "solved", True), (ROOT, False)):
+        rows, text = graded(folder, tmp_path, "--term", TERM, "--exercise", "3")
+        assert (rows[3]["points"] == rows[3]["of"]) == is_right, text

@@ -27,7 +27,7 @@ BUGS = {
     "end_is_no_target": "`tokens` is lower by one a turn: nothing teaches the policy to stop",
     "positions_1d": "held-out success before training is lower; `gap` is as small as ever",
     "no_baseline": "`loss` is far below zero at the first step, where a group's advantages should add up to 0",
-    "gradients_add_up": "`grad_norm` hardly falls, though nothing is left to learn: each step has the gradients of all before it",
+    "gradients_add_up": "`grad_norm` hardly falls, though little is left to learn: a step has the gradients of all before it",
 }
 OWN = [
     Wrong("no_baseline", "advantages are rewards: what all samples of a prompt have in common is not taken off", "grpo.py",

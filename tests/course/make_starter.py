@@ -15,7 +15,7 @@ from pathlib import Path
 from course import HERE, Exercise, blank, load_exercises, make_reference, rules_of_term
 
 # Of tests/course, what students get; the rest holds solutions or is the instructor's.
-GIVEN = ("README.md", "notes", "adapters.py", "conftest.py", "rules.json", "rules.md", "test_*.py", "ranks_*.py")
+GIVEN = ("README.md", "notes", "adapters.py", "conftest.py", "rules.json", "rules.md", "test_*.py", "ranks.py")
 
 
 def make_starter(out: Path, exercises: list[Exercise], rules: dict[int, str], solved: bool = False) -> None:
