@@ -24,6 +24,7 @@ from model import Policy, load_policy  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 
+collect_ignore = ["course"]  # has a conftest.py of its own; test_course.py runs its tests as students do
 CLEAN = multiprocessing.get_context("forkserver")  # forks of this process would inherit gloo without its threads
 CLEAN.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
                               "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.hf_argparser",

@@ -59,9 +59,10 @@ return centred if loss == "dr_grpo" else centred / (rewards.std(1, keepdim=True)
 
 
 # ---- the starter ---------------------------------------------------------------------------------------------------
-def test_a_starter_has_holes_where_the_exercises_are_and_nothing_of_the_solutions(starter):
-    sys.path.insert(0, str(COURSE))
-    from course import load_exercises
+def test_a_starter_has_holes_where_the_exercises_are_and_nothing_of_the_solutions(starter, monkeypatch):
+    with monkeypatch.context() as patch:  # for this import alone: the folder has a conftest.py, too
+        patch.syspath_prepend(str(COURSE))
+        from course import load_exercises
     for exercise in load_exercises():
         for file, names in exercise.blanks.items():
             here, there = (ast.parse((folder / file).read_text()) for folder in (ROOT, starter))

@@ -1,6 +1,6 @@
 """What the exercises' tests are given: the student's functions, and the rules of the term.
 
-By themselves (`python -m pytest tests/course`) the tests look at the code they stand beside. grade.py has them look at
+In a starter (`python -m pytest tests/course`) the tests look at the code they stand beside. grade.py has them look at
 another folder, by COURSE_STUDENT, and grades each exercise alone: what it calls of other exercises is the reference's.
 """
 import importlib
@@ -78,14 +78,6 @@ def functions_here() -> dict[str, object]:
     """{name: function} of the code that the tests stand beside, by its adapters.py."""
     table = importlib.import_module("adapters").FUNCTIONS
     return {name: getattr(importlib.import_module(module), attribute) for name, (module, attribute) in table.items()}
-
-
-def pytest_collection_modifyitems(config, items):
-    """Beside the project's own tests these are thorough: they run on code that has tests of its own."""
-    if any(line.startswith("thorough") for line in config.getini("markers")):
-        for item in items:
-            if item.path.parent == HERE:
-                item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(scope="session")
