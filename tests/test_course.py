@@ -145,7 +145,7 @@ def test_a_hostile_submission_loses_what_it_touches_and_no_more(starter, tmp_pat
     assert before == {path: path.read_bytes() for path in COURSE.iterdir() if path.is_file()}
 
 
-def tested(folder):
+def reasons_of(folder):
     """{test: why it failed, or None} of the exercises' tests, run in a folder as a student runs them."""
     report = folder.parent / "report.xml"
     subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/course", f"--junitxml={report}"], cwd=folder,
@@ -158,14 +158,14 @@ def tested(folder):
 
 @pytest.mark.thorough
 def test_every_test_fails_in_the_starter_for_want_of_a_body(starter):
-    why = tested(starter)
+    why = reasons_of(starter)
     assert len(why) > 100 and [name for name in why if "NotImplementedError: exercise" not in (why[name] or "")] == []
 
 
 @pytest.mark.thorough
 def test_every_test_passes_with_the_solutions(tmp_path):
     assert run("make_starter.py", tmp_path / "solved", "--solved").returncode == 0
-    why = tested(tmp_path / "solved")
+    why = reasons_of(tmp_path / "solved")
     assert len(why) > 100 and {name: reason for name, reason in why.items() if reason} == {}
 
 

@@ -560,7 +560,7 @@ def test_rescoring_does_not_load_torch(tmp_path):
     (["--model", "m", "--tasks", "t.json", "--max_turns", "0"],
      "--max_turns 0: must be at least 1"),
     (["--model", "m", "--tasks", "t.json", "--released_context", "True", "--code_reads", "newest"],
-     "--released_context has one image; leave out --code_reads newest"),
+     "the released ways know the task's image alone; leave out --code_reads newest"),
     (["--model", "m", "--tasks", "t.json", "--temperature", "nan"],
      "--temperature nan: must be from 0 to 1e6"),
     (["--model", "m", "--tasks", "t.json", "--seed", "12345678901234567890"],
