@@ -53,8 +53,9 @@ def token_logps(hidden: Tensor, lm_head: Tensor, targets: Tensor, *, temperature
     hidden (N, H), lm_head (V, H), targets (N,) int64. suppressed: int64 ids that are never sampled.
     They are taken out of the softmax here too, so that tokens are scored under the distribution
     that they were sampled from. Returns two (N,) tensors in nats, float32 (float64 for float64).
-    At most chunk·V logits exist at a time, never N·V: the backward pass computes them again. Sums
-    over chunks are float32 too, whatever the dtype of lm_head. N may be 0.
+    Logits are hidden · lm_headᵀ / temperature. At most chunk·V exist at a time, never N·V: the
+    backward pass computes them again. Sums over chunks are float32 too, whatever the dtype of
+    lm_head. N may be 0.
     """
     return _TokenLogps.apply(hidden, lm_head, targets, temperature, suppressed, chunk)
 
@@ -133,7 +134,7 @@ def token_weights(action_mask: Tensor, loss: str, *,
 
     `grpo`: mean over rollouts of the mean over tokens. `dapo` (arXiv 2503.14476): mean over all
     tokens. `dr_grpo`: sum over tokens, divided by a constant length. A rollout without action
-    tokens weighs 0.
+    tokens weighs 0. Raises ValueError for another loss.
     """
     mask = action_mask.float()
     if loss == "grpo":
@@ -190,9 +191,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor,
                      segments: Segments, scaling: float) -> Tensor:
     """Causal attention in a packed row `prompt | sample | … | sample | prompt | …`.
 
-    A sample sees its prompt and itself. query (1, heads, N, d), key and value (1, key heads, N, d);
-    returns (1, heads, N, d). There is no padding and no N x N mask: a group costs as many products
-    as its samples would alone, less G - 1 times those within the prompt.
+    A sample sees its prompt and itself. query (1, heads, N, d), key and value (1, key heads, N, d),
+    where heads / key heads neighbouring queries share a key; returns (1, heads, N, d). There is no
+    padding and no N x N mask: a group costs as many products as its samples would alone, less G - 1
+    times those within the prompt.
     """
     repeats = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(repeats, dim=1)  # (1, heads, N, d)

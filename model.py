@@ -567,7 +567,9 @@ def _feed(policy: Policy, cache: DynamicCache, mask: Tensor, inputs: dict[str, T
 
 
 def draw(logits: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token from each row of logits (B, V). Returns ids and their log-probs, (B,) each.
+    """Draw a token from each row of logits (B, V), with torch's global generator.
+
+    Returns the ids, (B,) int64, and their log-probs, (B,) float32 in nats.
 
     One distribution for both: suppressed ids are taken out, then comes the temperature (below 1e-6:
     the likeliest token, with its log-prob at 1). A uniform number is looked up in the cumulative

@@ -71,8 +71,8 @@ def grade(prediction: str | None, golds: Sequence[str], chinese: bool = False, f
       in Chinese (2 golds) count as characters: a one-line answer can never match. Fair: both are
       white space.
     - Where normalising leaves nothing of a gold (the choice "A" is an article), the answers "the"
-      and "" equal it. Fair: such texts are compared with their articles, and an empty gold matches
-      nothing, so that silence is not credited.
+      and "" equal it. Fair: both sides keep their articles then, for F1 too, and an empty gold
+      matches nothing, so that silence is not credited.
     Raises ValueError if golds is empty or a bare string.
     """
     if isinstance(golds, str) or not golds:
@@ -104,7 +104,8 @@ def _grade(prediction: str, gold: str, chinese: bool, fair: bool) -> tuple[float
         texts = [" ".join(text.replace("\\n", " ").split()) for text in texts]
     left, right = (normalize_answer(text, chinese) for text in texts)
     if fair and not right:
-        left, right = (text.lower().translate(NO_PUNCTUATION).strip() for text in texts)
+        marks = NO_CHINESE_PUNCTUATION if chinese else NO_PUNCTUATION
+        left, right = (text.lower().translate(marks).strip() for text in texts)
     if left == right and (right or not fair):
         return 1.0, 1.0
     by_character = chinese and HAN.search(left + right)

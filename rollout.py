@@ -197,7 +197,12 @@ def _load_image(policy: Policy, image: str | Image.Image) -> tuple[Image.Image, 
 
 def _append_action(policy: Policy, rollout: Rollout, ids: list[int], logps: list[float],
                    is_last: bool) -> None:
-    """Append sampled ids as they are, parse their text, end the rollout if nothing can follow."""
+    """Append sampled ids as they are, parse their text, end the rollout if nothing can follow.
+
+    logps: of each id, in nats. The end token is part of the ids where it came, and not of the
+    turn's text. Without it `stop` becomes "length", and there is no answer, even if one can be
+    read; else "answer", "invalid", or "turns" if is_last.
+    """
     rollout.ids += ids
     rollout.action_mask += [1] * len(ids)
     rollout.logps += logps
@@ -264,7 +269,12 @@ def _shorten(policy: Policy, text: str, num_tokens: int) -> str:
 
 def _append_observation(policy: Policy, rollout: Rollout, result: ToolResult | None, text: str,
                         limits: Limits) -> None:
-    """Append a user turn, or end the rollout where that and a whole turn after it have no room."""
+    """Append a user turn, or end the rollout where that and a whole turn after it have no room.
+
+    The turn keeps its result in any case, its observation only where the policy can read it. `stop`
+    becomes "images" where the result's image would be one too many, else "length" where the text
+    and max_new_tokens do not fit. With released_context, `_restart` makes the context instead.
+    """
     turn = rollout.turns[-1]
     turn.result = result
     picture = result.image if result else None
@@ -344,6 +354,8 @@ def collate(policy: Policy, rollouts: list[Rollout], advantages: list[float]) ->
         targets            [[20, 21, 9], [30, 9, 0]]
         predictors         [[ 1,  2, 3], [ 1, 5, 0]]    the prompt's last place predicts 20 and 30
         segments           [(2, [3, 2])]                one prompt of 2 tokens, samples of 3 and 2
+
+    Rows are padded with 0. A prompt is the same if its ids and its images are.
     """
     positions = token_inputs(policy, rollouts, "right")["position_ids"]  # (3, B, longest)
     ids, places, images, segments = [], [], [], []  # of the row

@@ -352,15 +352,19 @@ def main():
     parser.add_argument("--check", type=int, default=300,
                         help="steps between checks of the share of tasks solved")
     args = parser.parse_args()
+    for folder in filter(None, (args.out, args.keep_right)):  # fails now, not behind the training
+        Path(folder).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # sums in another order would give other weights
     with CodeTool(workers=2, timeout=5.0) as code_tool:
-        if args.right:
+        if args.right is not None:
             policy = load_policy(args.right)
         else:
             tokenizer = make_tokenizer(vocab_size=1024)
-            for part in (make_model(tokenizer, args.seed), tokenizer, Qwen2VLImageProcessorPil()):
-                part.save_pretrained(args.out)
-            policy, rng = load_policy(args.out), random.Random(f"right-{args.seed}")
+            with tempfile.TemporaryDirectory() as new:  # --out keeps its model until the end
+                for part in (make_model(tokenizer, args.seed), tokenizer,
+                             Qwen2VLImageProcessorPil()):
+                    part.save_pretrained(new)
+                policy, rng = load_policy(new), random.Random(f"right-{args.seed}")
             pool = demonstrations(policy, rng, code_tool, args.demonstrations,
                                   noise=0.0)
             train(policy, code_tool, pool, rng, args, steps=args.right_steps, lr=args.right_lr,

@@ -268,7 +268,8 @@ def curves(out: Path, seeds: list[int]) -> Image.Image:
     draw, lines = ImageDraw.Draw(image), []
     runs = [[row for row in read_rows(out / f"main-{seed}" / "evaluations.jsonl")
              if row["tools"] == "on"] for seed in seeds]
-    last = runs[0][-1]["step"]
+    steps = [row["step"] for row in runs[0]]
+    last = steps[-1]
 
     def point(step: int, share: float) -> tuple[float, float]:
         return left + (right - left) * step / last, bottom - (bottom - top) * share
@@ -278,7 +279,9 @@ def curves(out: Path, seeds: list[int]) -> Image.Image:
         draw.text((left - 8, point(0, percent / 100)[1]), f"{percent} %", fill=GREY, font=font(15),
                   anchor="rm")
     for (name, types), colour in zip(CURVES.items(), COLOURS):
-        steps = [row["step"] for row in runs[0]]
+        types = [each for each in types if each in runs[0][0]["by_type"]]
+        if not types:  # with --limit some are missing
+            continue
         shares = [[fmean(row["by_type"][each] for each in types) for row in run] for run in runs]
         at_step = list(zip(*shares))
         edges = [point(s, max(v)) for s, v in zip(steps, at_step)]
@@ -332,8 +335,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="runs side by side; default: the cores")
     parser.add_argument("--steps", type=int, default=60, help="of the run main, to try things out")
-    parser.add_argument("--limit", type=int, default=0, help="held-out tasks of each set, to try "
-                        "things out (without a figure); 0: all")
+    parser.add_argument("--limit", type=int, default=0,
+                        help="held-out tasks of each set, to try things out; 0: all")
     parser.add_argument("--show", action="store_true", help="only print the table")
     args = parser.parse_args()
     out, rows = args.out.resolve(), list(dict.fromkeys(args.row or RUNS))  # runs have another cwd
@@ -358,7 +361,7 @@ def main() -> None:
     print(text)
     if not args.show:
         (out / "table.md").write_text(text)
-        if "main" in rows and not args.limit:
+        if "main" in rows:
             draw(out, seeds).save(out / "paper_in_small.png", optimize=True)
 
 

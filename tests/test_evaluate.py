@@ -561,6 +561,8 @@ def test_rescoring_does_not_load_torch(tmp_path):
      "--max_turns 0: must be at least 1"),
     (["--model", "m", "--tasks", "t.json", "--released_context", "True", "--code_reads", "newest"],
      "the released ways know the task's image alone; leave out --code_reads newest"),
+    (["--model", "m", "--tasks", "t.json", "--released_crop", "True", "--code_reads", "newest"],
+     "the released ways know the task's image alone; leave out --code_reads newest"),
     (["--model", "m", "--tasks", "t.json", "--temperature", "nan"],
      "--temperature nan: must be from 0 to 1e6"),
     (["--model", "m", "--tasks", "t.json", "--seed", "12345678901234567890"],

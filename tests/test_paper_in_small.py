@@ -81,8 +81,13 @@ def test_the_figure_has_a_curve_for_each_half_in_its_colour(tmp_path):
     assert image.getpixel((400, 510 - 110)) not in ((255, 255, 255), at_mean)  # 25 %, in the band
 
 
-SMALL = [sys.executable, ROOT / "data" / "paper_in_small.py", "--row", "coding_only", "--seeds", "1", "--limit", "3",
-         "--out", "paper"]
+SMALL = [sys.executable, ROOT / "data" / "paper_in_small.py", "--seeds", "1", "--limit", "3", "--out", "paper",
+         "--row", "coding_only"]
+
+
+def test_what_is_not_there_cannot_be_shown(tmp_path):
+    done = subprocess.run([*SMALL, "--show"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and f"nothing is measured in {tmp_path / 'paper'}" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [("--steps", "0"), ("--workers", "0"), ("--limit", "-1")])
@@ -124,12 +129,12 @@ def test_ended_by_a_signal_it_ends_its_runs_and_goes_on_with_the_same_command(tm
 
 @pytest.mark.thorough
 def test_a_row_is_measured_and_is_not_measured_again(tmp_path):
-    command = [*SMALL, "--steps", "2"]
+    command = [*SMALL, "--row", "main", "--row", "coding_only", "--steps", "2"]  # a row that is named twice is one
     once = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert once.returncode == 0, once.stderr
-    assert "[2/2]" in once.stdout
+    assert "[3/3]" in once.stdout and (tmp_path / "paper" / "paper_in_small.png").exists()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}
-    assert len(files) == 2 * 3  # the start and coding_only, on three sets
+    assert len(files) == 3 * 5 + 3 * 5 + 3  # sets x ways of asking of the start and of main; sets of coding_only
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.stdout.partition("| F1 ")[2] == once.stdout.partition("| F1 ")[2]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "paper").rglob("scores.json")}

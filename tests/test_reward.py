@@ -100,6 +100,8 @@ def test_chinese_scores_characters(prediction, golds, f1, em):
     ("网\n咖", r"网\n咖", True, (2 * 2 / (3 + 3), 0.0), (1.0, 1.0)),
     ("A", "A", True, (1.0, 1.0), (1.0, 1.0)),
     ("the", "A", True, (1.0, 1.0), (0.0, 0.0)),
+    ("A。", "A", True, (1.0, 1.0), (1.0, 1.0)),
+    ("。", "。", True, (1.0, 1.0), (0.0, 0.0)),  # silence, whatever the marks
     ("", "A", True, (1.0, 1.0), (0.0, 0.0)),
     ("Option A", "A", True, (0.0, 0.0), (2 / 3, 0.0)),  # as "Option B" for "B"
     ("Option B", "B", True, (2 / 3, 0.0), (2 / 3, 0.0)),

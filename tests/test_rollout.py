@@ -393,6 +393,13 @@ def test_code_without_an_image_reads_a_blank_one(policy, tools):
     assert rollout.ids.count(policy.image_id) == 4  # 28 x 28 is resized to the least size, 56 x 56
 
 
+@pytest.mark.parametrize("newest, levels", [(False, [255, 255]), (True, [255, 0])])
+def test_code_without_an_image_reads_its_own_result_only_as_the_newest(policy, tools, newest, levels):
+    chain = [f"<code>{INVERT}</code>", f"<code>{INVERT}</code>", "<answer> 7 </answer>"]
+    [rollout] = play(policy, task(), chain, replace(tools, newest=newest))
+    assert [picture.getpixel((0, 0)) for picture in rollout.pictures] == [(level,) * 3 for level in levels]
+
+
 def test_images_are_turned_as_their_exif_says(policy, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees to see it upright

@@ -1,5 +1,6 @@
 """train.py as people run it: a real process, a real model, real tools."""
 import ast
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -167,13 +169,13 @@ INVERT_TWICE = ["<think> t </think> <code> ```python\nfrom PIL import Image, Ima
 INVERT_TWICE += ["<think> t </think> <answer> red heron </answer>"]
 
 
-def run_of_a_chain(*flags: str, chain: list[str], monkeypatch) -> list[Rollout]:
-    """A whole run in this process, whose every rollout says a recorded chain. Returns the rollouts in their order."""
+def run_of_a_chain(*flags: str, chain_of: Callable[[dict], list[str]], monkeypatch) -> list[Rollout]:
+    """A whole run in this process, whose rollouts say recorded chains. Returns the rollouts in their order."""
     played, threads = [], torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def recorded(policy, *args, **options):
-        rollouts, seconds = roll_out(policy, *args, **options, sampler=replay(policy, lambda task: chain))
+        rollouts, seconds = roll_out(policy, *args, **options, sampler=replay(policy, chain_of))
         played.extend(rollouts)
         return rollouts, seconds
     monkeypatch.setattr("train.roll_out", recorded)
@@ -202,7 +204,7 @@ def test_flags_reach_the_code_tool_the_reward_and_the_held_out_files(code_reads,
         "--model", str(ROOT / "data/model"), "--corpus", f"sqlite:{ROOT}/data/offline/corpus.sqlite", "--steps=1",
         "--prompts_per_step=1", "--group_size=2", "--beta=0", "--tasks", str(tmp_path / "a.json"),
         "--eval_tasks", both, "--code_reads", code_reads, "--rewards=accuracy=0,exact=1", "--output_dir", str(tmp_path / "run"),
-        chain=INVERT_TWICE, monkeypatch=monkeypatch)
+        chain_of=lambda task: INVERT_TWICE, monkeypatch=monkeypatch)
     inverted = ImageOps.invert(original)
     seen = [original, inverted, original if code_reads == "newest" else inverted]
     # Held out before, training, held out after; then without tools
@@ -216,6 +218,18 @@ def test_flags_reach_the_code_tool_the_reward_and_the_held_out_files(code_reads,
     assert [(row["reward_parts"]["accuracy"], row["reward"]) for row in shown] == [(0.8, 1.0)] * 2
     pictures = [Image.open(tmp_path / "run" / "rollouts" / turn["image"]) for turn in shown[0]["turns"][:2]]
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in seen[1:]]
+
+
+def test_a_held_out_file_that_is_named_twice_is_scored_sample_by_sample(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": 1, "question": "q", "answers": ["red heron"], "image_path": None}]))
+    answers = itertools.cycle(["owl", "red heron"])
+    run_of_a_chain(
+        "--model", str(ROOT / "data/model"), "--corpus", f"sqlite:{ROOT}/data/offline/corpus.sqlite", "--steps=1",
+        "--prompts_per_step=1", "--group_size=2", "--beta=0", "--tasks", str(path), "--eval_tasks", f"{path},{path}",
+        "--output_dir", str(tmp_path / "run"), monkeypatch=monkeypatch,
+        chain_of=lambda task: [f"<think> t </think> <answer> {next(answers)} </answer>"])
+    assert [(row["n"], row["success"]) for row in rows(tmp_path / "run" / "evaluations.jsonl")] == [(2, 0.5)] * 3
 
 
 README = (ROOT / "README.md").read_text() + (ROOT / "data" / "README.md").read_text()

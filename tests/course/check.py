@@ -15,8 +15,8 @@ from itertools import count
 from os import cpu_count
 from pathlib import Path
 
-from course import NUMBERS, ROOT, Exercise, Wrong, definitions, lines_of, load_exercises, make_reference, replace_once
-from course import rules_of_term
+from course import (NUMBERS, ROOT, Exercise, Wrong, definitions, lines_of, load_exercises, make_reference, replace_once,
+                    rules_of_term)
 from grade import Grader, import_packages
 from make_starter import make_starter
 

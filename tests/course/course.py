@@ -70,19 +70,16 @@ def rules_of_term(exercises: list[Exercise], term: int | None) -> dict[int, str]
 
 
 def make_reference(folder: Path, exercises: list[Exercise], rules: dict[int, str]) -> None:
-    """Copy the project into a new folder and put the solutions of the rules in."""
+    """Copy the project into a new folder, put the solutions of the exercises' rules in, and write for conftest.py which rules
+    there are, and whose are not the reference's."""
     shutil.copytree(ROOT, folder, ignore=IGNORED)
     for name in LINKED:
         os.symlink(ROOT / name, folder / name)
     for each in exercises:
         for edit in each.rules[rules[each.number]].edits:
             replace_once(folder, *edit)
-    write_rules(folder, rules)
-
-
-def write_rules(folder: Path, rules: dict[int, str]) -> None:
-    """Write which rules are in force, for conftest.py."""
-    (folder / HERE / "rules.json").write_text(json.dumps(rules, indent=1) + "\n")
+    changed = [each.number for each in exercises if rules[each.number] != list(each.rules)[0]]
+    (folder / HERE / "rules.json").write_text(json.dumps({"rules": rules, "changed": changed}) + "\n")
 
 
 def replace_once(folder: Path, file: str, old: str, new: str) -> None:

@@ -13,6 +13,10 @@ BEST = "    return max(_grade(prediction, gold, chinese, fair) for gold in golds
 REFUSED = "isinstance(golds, str) or not golds"
 LINE_BREAKS = '        texts = [" ".join(text.replace("\\\\n", " ").split()) for text in texts]\n'
 VANISHED = "    if fair and not right:\n"
+KEPT = VANISHED + """\
+        marks = NO_CHINESE_PUNCTUATION if chinese else NO_PUNCTUATION
+        left, right = (text.lower().translate(marks).strip() for text in texts)
+"""
 EQUAL = "    if left == right and (right or not fair):\n        return 1.0, 1.0\n"
 BY_CHARACTER = "by_character = chinese and HAN.search(left + right)"
 OVERLAP = "    overlap = len(set(left) & set(right))\n"
@@ -106,8 +110,7 @@ EXERCISE = Exercise(
         Wrong("choice_a_vanishes", 'the choice "A" is an article: nothing can match it', FILE,
               VANISHED, "    if False:\n"),
         Wrong("the_equals_a", 'the answer "the" and silence match the choice "A"', FILE,
-              VANISHED + "        left, right = (text.lower().translate(NO_PUNCTUATION).strip() "
-                         "for text in texts)\n" + EQUAL,
+              KEPT + EQUAL,
               "    if left == right:\n        return 1.0, 1.0\n"),
         Wrong("silence_for_an_empty_gold", "silence matches an empty gold", FILE,
               "    if left == right and (right or not fair):\n", "    if left == right:\n"),

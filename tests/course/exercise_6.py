@@ -2,10 +2,11 @@
 from course import Exercise, Rule, Wrong
 
 ACTION_DOC = '''\
-    """Append sampled ids as they are, parse their text, end the rollout if nothing can follow."""
+    turn's text. Without it `stop` becomes "length", and there is no answer, even if one can be
+    read; else "answer", "invalid", or "turns" if is_last.
 '''
 OBSERVATION_DOC = '''\
-    """Append a user turn, or end the rollout where that and a whole turn after it have no room."""
+    """Append a user turn, or end the rollout where that and a whole turn after it have no room.
 '''
 STOPS = '''\
     if not has_ended:
@@ -52,12 +53,9 @@ BEHIND_PROMPT = [
      "max_tokens: int = 8192  # of actions and observations; of a prompt and one turn"),
     ("rollout.py", "max_images: int = 6  # in the context, the prompt's included",
      "max_images: int = 6  # that tools made; the prompt's own does not count"),
-    ("rollout.py", OBSERVATION_DOC, '''\
-    """Append a user turn, or end the rollout where that and a whole turn after it have no room.
-
+    ("rollout.py", OBSERVATION_DOC, OBSERVATION_DOC + '''
     Budgets count what stands behind the prompt, as verl's response_length does: max_tokens bounds
     actions and observations together, max_images the images that tools made in this rollout.
-    """
 '''),
     ("rollout.py", IMAGES, '''\
     picture = result.image if result else None
@@ -91,12 +89,10 @@ def _tip(action: Action) -> str:
     return TIP_NONE if "none" in re.findall(r"\\w+", action.content.lower()) else TIP_REPAIR
 '''),
     ("rollout.py", ACTION_DOC, '''\
-    """Append sampled ids as they are, parse their text, end the rollout if nothing can follow.
-
-    An invalid turn that has ended does not end the rollout, unless it is the last one: the stop is
-    then "invalid". The policy is told and tries again, as in Search-R1 (arXiv 2503.09516,
+    turn's text. Without it `stop` becomes "length", and there is no answer, even if one can be
+    read; else "answer", or, if is_last, "invalid" or "turns". An invalid turn that is not the last
+    one ends nothing: the policy is told and tries again, as in Search-R1 (arXiv 2503.09516,
     algorithm 1).
-    """
 '''),
     ("rollout.py", STOPS, '''\
     if not has_ended:
@@ -109,12 +105,9 @@ def _tip(action: Action) -> str:
 ]
 CUT_TURNS = [
     ("rollout.py", ACTION_DOC, '''\
-    """Append sampled ids as they are, parse their text, end the rollout if nothing can follow.
-
-    A turn that was cut off, without its end token, is read like any other: what counts is the pair
-    of tags, as in Search-R1 (arXiv 2503.09516). Only where no action can be read in it, it ends
-    the rollout with "length".
-    """
+    turn's text. A turn that was cut off, without it, is read like any other: what counts is the
+    pair of tags, as in Search-R1 (arXiv 2503.09516). `stop` becomes "answer", "invalid" ("length"
+    where the turn was cut off), or "turns" if is_last.
 '''),
     ("rollout.py", STOPS, '''\
     if action.kind == "answer":
@@ -124,12 +117,9 @@ CUT_TURNS = [
     elif is_last:
         rollout.stop = "turns"
 '''),
-    ("rollout.py", OBSERVATION_DOC, '''\
-    """Append a user turn, or end the rollout where that and a whole turn after it have no room.
-
+    ("rollout.py", OBSERVATION_DOC, OBSERVATION_DOC + '''
     Behind a turn that was cut off, the end token that it lacks comes first. It was not sampled, so
     it is part of the observation: of its room, and of its mask.
-    """
 '''),
     ("rollout.py", ENCODED, ENCODED + '''\
     if rollout.ids[-1] != policy.end_id:

@@ -57,10 +57,12 @@ EXERCISE = Exercise(
             "temperature.", []),
         "min_p": Rule(
             "Min-p: ids with less than 0.1 times the probability of the likeliest are never drawn; "
-            "log-probs are those of the rest, renormalised.", MIN_P),
+            "log-probs are those of the rest, renormalised. Scoring stays plain: see in a run what "
+            "`gap` says to that.", MIN_P),
         "top_p": Rule(
             "Top-p: only the fewest likeliest ids with 0.9 of the probability are drawn; log-probs "
-            "are theirs, renormalised.", TOP_P),
+            "are theirs, renormalised. Scoring stays plain: see in a run what `gap` says to that.",
+            TOP_P),
     },
     wrong=[
         Wrong("top_k_of_both", "only the 50 likeliest ids are ever drawn", "model.py", SOFTMAX, '''\

@@ -155,6 +155,7 @@ def test_a_frozen_head_or_no_gradient_at_all_are_fine(student, rule):
     assert close(hidden.grad, d_hidden), "the gradient of the hidden states if the head is frozen"
 
 
+@pytest.mark.needs_plain(8)
 def test_sampled_tokens_are_scored_as_they_were_sampled(student):
     """On the laptop model: the log-probs of the sampler are those of the scorer."""
     policy = load_policy(str(ROOT / "data" / "model"), device=torch.device("cpu"))

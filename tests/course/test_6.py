@@ -163,6 +163,7 @@ def test_an_answer_ends_the_rollout(policy, play):
         assert played.turns[-1].observation is None
 
 
+@pytest.mark.needs_plain(2)
 def test_an_invalid_turn(policy, play, rule):
     for first in ("I do not know.", "<answer> 1 </answer><answer> 2 </answer>"):
         if rule == "note":

@@ -27,6 +27,7 @@ from ranks import on_ranks  # noqa: E402
 from rollout import Rollout  # noqa: E402
 from train import Config, even_micro_batches  # noqa: E402
 
+pytestmark = pytest.mark.needs_plain(4, 5)  # the formula has their loss, KL and entropy
 LR = 0.05
 BASE = {"max_turns": 3, "max_new_tokens": 20, "max_grad_norm": 1e6, "micro_batch_tokens": 150}
 SHARES = slice(0, 5), slice(5, 6)  # of the rows, for two ranks
