@@ -137,17 +137,21 @@ def paste(image: Image.Image, picture: Image.Image, y: int, text: str) -> int:
 
 
 def find_pair(first: list[dict], last: list[dict], family: str) -> tuple[dict, dict] | None:
-    """A wrong rollout and a right one in which a tool worked, of as many turns where possible."""
-    def chosen(rows: list[dict], is_right: bool) -> list[dict]:
+    """A wrong answer, after a tool worked if there is one, and a right one after a tool worked; of
+    as many turns where possible."""
+    def answers(rows: list[dict], is_right: bool) -> list[dict]:
         return [row for row in rows if family in str(row["id"]) and row["answer"] is not None
-                and (row["answer"] in row["answers"]) == is_right
-                and any(turn.get("ok") for turn in row["turns"])]
+                and (row["answer"] in row["answers"]) == is_right]
 
-    before, after = chosen(first, False)[:1], chosen(last, True)
-    if not before or not after:
+    def worked(rows: list[dict]) -> list[dict]:
+        return [row for row in rows if any(turn.get("ok") for turn in row["turns"])]
+
+    wrong, after = answers(first, False), worked(answers(last, True))
+    if not wrong or not after:
         return None
-    alike = [row for row in after if len(row["turns"]) == len(before[0]["turns"])]
-    return before[0], (alike or after)[0]
+    before = (worked(wrong) or wrong)[0]
+    alike = [row for row in after if len(row["turns"]) == len(before["turns"])]
+    return before, (alike or after)[0]
 
 
 def rollout_pairs(run: Path) -> Image.Image | None:

@@ -42,8 +42,8 @@ MISSES = {"rotation90": "rotation180", "rotation180": "rotation90",
           "dark": "dark", "overexposure": "overexposure"}
 # Probabilities of what only these tasks can get wrong, at noise = 1.
 HARD_MISTAKES = {
-    "hop": 0.85,  # two hops about an image: asks for the country's own animal
-    "blind hop": 0.95,  # the same without an image
+    "hop": 0.80,  # two hops about an image: asks for the country's own animal
+    "blind hop": 0.93,  # the same without an image
     "short": 0.3,  # names the animal without the words before it
 }
 

@@ -117,7 +117,9 @@ def scores_of(out: Path, run: str, seed: int, name: str, way: str) -> Path:
 
 def call(command: list[str], log: Path) -> None:
     """Run a script of ours on one core. Raises RuntimeError with the end of its log."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    cores = str(os.cpu_count())  # train.py shares the cores as among so many ranks
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": cores,
+                                "TQDM_DISABLE": "1"}
     with open(log, "a") as file:
         file.write(f"$ python {shlex.join(command)}\n")
         file.flush()

@@ -21,6 +21,7 @@ from chat_server import FAULTS, QUICK, ChatServer, completion, parts, refuse, se
 from PIL import Image, ImageChops
 
 import tools
+from data import endpoint
 from data.endpoint import (PROBE, ApiFailed, ApiRefused, ChatModel, chat_messages,
                            with_thought)
 from data.tasks import load_tasks
@@ -37,8 +38,9 @@ QUESTION = Rollout({"image": None}, [], [], [], opening="Which letter?")
 
 
 @pytest.fixture(autouse=True)
-def no_key(monkeypatch):
+def no_key_and_nothing_said(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    endpoint._say_once.cache_clear()  # an earlier test may have had the same port
 
 
 def ask(faults=(), reply=ANSWER, rollout=QUESTION, **options):
