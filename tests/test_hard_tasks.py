@@ -31,7 +31,7 @@ SHIPPED = DATA / "offline" / "hard"
 TASK_FILES = ["heldout_coding", "heldout_search", "heldout_text", "train_coding", "train_search"]
 LIMITS = Limits(max_turns=4, max_new_tokens=96, max_tokens=512)  # as the laptop model is trained
 NUM_DRAWS = 4000
-HOP = {True: 0.85, False: 0.95}  # how often two hops are taken for one, with an image and without
+HOP = {True: 0.80, False: 0.93}  # how often two hops are taken for one, with an image and without
 
 spec = importlib.util.spec_from_file_location("make_hard_tasks", DATA / "make_hard_tasks.py")
 make_hard_tasks = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """Exercise 10, find the silent bug: train with five bugs and without one, and write what students get to see.
 
-    python tests/course/make_runs.py OUT            # 18 runs of the laptop job: 40 minutes on 2 quiet cores
+    python tests/course/make_runs.py OUT            # 18 runs of the laptop job, one a core: 40 minutes on 2 quiet cores
     python tests/course/make_runs.py OUT --letters 7    # in another order
 
 OUT/runs has a folder for each of `right`, a, b, c, d, e: three seeds, each with its metrics, rollouts and page (report.html).
@@ -8,12 +8,14 @@ OUT/answers.md, which stays with the instructor, has the bugs, their lines, and 
 again; killed, it goes on with the same command.
 """
 import argparse
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from course import ROOT, Wrong, make_reference, replace_once
@@ -58,11 +60,13 @@ def train(bug: Wrong | None, folder: Path, seed: int, flags: list[str]) -> None:
         make_reference(copy, [], {})
         if bug:
             replace_once(copy, bug.file, bug.old, bug.new)
-        for command in (["-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--seed", str(seed),
-                         "--rollouts_every", "10", "--output_dir", str(out), *flags], ["evaluate.py", "--report", str(out)]):
-            done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
+        # As many runs stand side by side as there are cores: each shares them as among so many ranks.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}
+        for command in (["train.py", "--seed", str(seed), "--rollouts_every", "10", "--output_dir", str(out), *flags],
+                        ["evaluate.py", "--report", str(out)]):
+            done = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"error: {' '.join(command)}: status {done.returncode}\n{done.stderr[-2000:]}")
+                raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr[-2000:]}")
         folder.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             path = out / name
@@ -97,11 +101,22 @@ def main() -> None:
     runs = [(folder, seed) for seed in range(args.seeds) for folder in folders]
     write_answers(args.out, folders)
     start = time.perf_counter()
-    for n, (folder, seed) in enumerate(runs, 1):
+
+    def one_run(folder: str, seed: int) -> str:
         train(bugs.get(folders[folder]), args.out / "runs" / folder / f"seed{seed}", seed, args.flags.split())
-        seconds = time.perf_counter() - start
-        print(f"[{n}/{len(runs)}] {folder}, seed {seed}: {seconds:.0f} s in all, about "
-              f"{seconds / n * (len(runs) - n) / 60:.0f} min left; see {args.out}", flush=True)
+        return f"{folder}, seed {seed}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(one_run, *run) for run in runs]
+        for n, job in enumerate(as_completed(jobs), 1):
+            try:
+                name = job.result()
+            except (OSError, RuntimeError) as error:
+                pool.shutdown(wait=False, cancel_futures=True)  # those under way end first
+                sys.exit(f"error: {error}")
+            seconds = time.perf_counter() - start
+            print(f"[{n}/{len(runs)}] {name}: {seconds:.0f} s in all, about "
+                  f"{seconds / n * (len(runs) - n) / 60:.0f} min left; see {args.out}", flush=True)
 
 
 if __name__ == "__main__":
