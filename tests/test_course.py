@@ -5,6 +5,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -181,3 +182,14 @@ def test_a_terms_solution_gets_all_points_and_the_reference_does_not(tmp_path):
     assert all(row["points"] == row["of"] for row in rows.values()), text
     rows, text = graded(ROOT, tmp_path, "--term", TERM, "--exercise", "3")
     assert rows[3]["points"] < rows[3]["of"], text
+
+
+@pytest.mark.parametrize("note", sorted((COURSE / "notes").glob("*.md")), ids=lambda path: path.stem)
+def test_a_note_links_to_what_is_there_and_quotes_lines_of_the_code(note):
+    text = note.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("https://") or (note.parent / link).exists(), link
+    code = {line.strip() for path in ROOT.glob("*.py") for line in path.read_text(encoding="utf-8").splitlines()}
+    quoted = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)).splitlines()
+    quoted += re.findall(r"`((?!python )[^`\n]{40,})`", text)
+    assert quoted and [line for line in map(str.strip, quoted) if line and line not in code] == []

@@ -11,7 +11,7 @@ from train import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
-         for name in ("README.md", "tests/README.md", "data/README.md")}
+         for name in ("README.md", "tests/README.md", "data/README.md", "tests/course/README.md")}
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 
