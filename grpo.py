@@ -53,9 +53,9 @@ def token_logps(hidden: Tensor, lm_head: Tensor, targets: Tensor, *, temperature
     hidden (N, H), lm_head (V, H), targets (N,) int64. suppressed: int64 ids that are never sampled.
     They are taken out of the softmax here too, so that tokens are scored under the distribution
     that they were sampled from. Returns two (N,) tensors in nats, float32 (float64 for float64).
-    Logits are hidden · lm_headᵀ / temperature. At most chunk·V exist at a time, never N·V: the
-    backward pass computes them again. Sums over chunks are float32 too, whatever the dtype of
-    lm_head. N may be 0.
+    The first is differentiable in hidden and lm_head. Logits are hidden · lm_headᵀ / temperature.
+    At most chunk·V exist at a time, never N·V: the backward pass computes them again. Sums over
+    chunks are float32 too, whatever the dtype of lm_head. N may be 0.
     """
     return _TokenLogps.apply(hidden, lm_head, targets, temperature, suppressed, chunk)
 

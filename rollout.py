@@ -197,11 +197,11 @@ def _load_image(policy: Policy, image: str | Image.Image) -> tuple[Image.Image, 
 
 def _append_action(policy: Policy, rollout: Rollout, ids: list[int], logps: list[float],
                    is_last: bool) -> None:
-    """Append sampled ids as they are, parse their text, end the rollout if nothing can follow.
+    """Append sampled ids as they are, and a `Turn`; end the rollout if nothing can follow.
 
-    logps: of each id, in nats. The end token is part of the ids where it came, and not of the
-    turn's text. Without it `stop` becomes "length", and there is no answer, even if one can be
-    read; else "answer", "invalid", or "turns" if is_last.
+    logps: of each id, in nats. The turn's text keeps special tokens, but for the end token, which
+    is part of the ids where it came. Without it `stop` becomes "length", and there is no answer,
+    even if one can be read; else "answer", "invalid", or "turns" if is_last.
     """
     rollout.ids += ids
     rollout.action_mask += [1] * len(ids)

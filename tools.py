@@ -186,7 +186,7 @@ ANNOUNCEMENT = re.compile(r"\n.*:[*\s]*\Z")  # a last line such as "Output:"
 
 
 def parse_action(text: str) -> Action:
-    """The action of a turn: the only `<tag>…</tag>` behind the first `</think>`.
+    """The action of a turn: the only `<tag>…</tag>` of action_tags() behind the first `</think>`.
 
     Without `</think>` it is sought in all of the text. The content is stripped; of code, the first
     fenced block is taken if there is one. Anything but one opening tag and its closing tag (a third

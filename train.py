@@ -427,15 +427,16 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
            ref_logps: list, config: Config) -> dict[str, float]:
     """Take --updates_per_batch optimizer steps on the micro-batches of all ranks, all together.
 
-    Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
-    first, when the policy is still the one that sampled. The log-probs of the first pass are the
-    old ones of the later passes. Where loss or gradient is not finite, that step and those after it
-    on the same batch are left out.
+    Returns the metrics loss, kl, entropy, clipped, gap, tokens, grad_norm and skipped, the same on
+    all ranks: those of the last optimizer step, but `gap` of the first, when the policy is still
+    the one that sampled. The log-probs of the first pass are the old ones of the later passes.
+    Where loss or gradient is not finite, that step and those after it on the same batch are left
+    out.
 
     batches: this rank's; those behind the first num_real only keep ranks in step and weigh 0.
     ref_logps: of each, (B, T) or None. The loss is a sum over ranks, and FSDP leaves their mean
-    gradient in each rank's shard. `grad_norm` is that before scaling down. The other metrics are
-    defined in data/README.md. All gradients are zero at the end.
+    gradient in each rank's shard (a DTensor). `grad_norm` is the norm of all shards, before it is
+    cut. The other metrics are defined in data/README.md. All gradients are zero at the end.
     """
     real = batches[:num_real]
     counts = all_reduce({"rollouts": sum(len(batch.advantages) for batch in real),

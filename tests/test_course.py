@@ -191,5 +191,5 @@ def test_a_note_links_to_what_is_there_and_quotes_lines_of_the_code(note):
         assert link.startswith("https://") or (note.parent / link).exists(), link
     code = {line.strip() for path in ROOT.glob("*.py") for line in path.read_text(encoding="utf-8").splitlines()}
     quoted = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)).splitlines()
-    quoted += re.findall(r"`((?!python )[^`\n]{40,})`", text)
+    quoted += re.findall(r"`((?!python )\w[^`\n]{40,})`", text)
     assert quoted and [line for line in map(str.strip, quoted) if line and line not in code] == []

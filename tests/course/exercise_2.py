@@ -5,7 +5,7 @@ TOOLS, REWARD = "tools.py", "reward.py"
 # parse_action: what its docstring and body say; each stands in the file once.
 BEHIND = "    turn = after if think else text\n"
 FIRST = '''\
-    """The action of a turn: the only `<tag>…</tag>` behind the first `</think>`.
+    """The action of a turn: the only `<tag>…</tag>` of action_tags() behind the first `</think>`.
 
     Without `</think>` it is sought in all of the text. The content is stripped; of code, the first
     fenced block is taken if there is one. Anything but one opening tag and its closing tag (a third
@@ -42,7 +42,8 @@ EXERCISE = Exercise(
             "A thought may stand in `<think>` or in `<thought>`, and ends with the first of their "
             "closing tags.", [
                 (TOOLS, FIRST, '''\
-    """The action of a turn: the only `<tag>…</tag>` behind the first `</think>` or `</thought>`.
+    """The action of a turn: the only `<tag>…</tag>` of action_tags() behind the first `</think>` or
+    `</thought>`.
 
     Without either it is sought in all of the text. The content is stripped; of code, the first
     fenced block is taken if there is one. Anything but one opening tag and its closing tag (a third
@@ -93,7 +94,7 @@ EXERCISE = Exercise(
         "first_action": Rule(
             "Of several actions the first one counts, and whatever stands behind it is ignored.", [
                 (TOOLS, FIRST, '''\
-    """The action of a turn: the first `<tag>…</tag>` behind the first `</think>`.
+    """The action of a turn: the first `<tag>…</tag>` of action_tags() behind the first `</think>`.
 
     Whatever stands behind the action is ignored, further actions as well (as in Search-R1, arXiv
     2503.09516). Without `</think>` it is sought in all of the text. The content is stripped; of

@@ -2,8 +2,8 @@
 from course import Exercise, Rule, Wrong
 
 ACTION_DOC = '''\
-    turn's text. Without it `stop` becomes "length", and there is no answer, even if one can be
-    read; else "answer", "invalid", or "turns" if is_last.
+    is part of the ids where it came. Without it `stop` becomes "length", and there is no answer,
+    even if one can be read; else "answer", "invalid", or "turns" if is_last.
 '''
 OBSERVATION_DOC = '''\
     """Append a user turn, or end the rollout where that and a whole turn after it have no room.
@@ -89,10 +89,10 @@ def _tip(action: Action) -> str:
     return TIP_NONE if "none" in re.findall(r"\\w+", action.content.lower()) else TIP_REPAIR
 '''),
     ("rollout.py", ACTION_DOC, '''\
-    turn's text. Without it `stop` becomes "length", and there is no answer, even if one can be
-    read; else "answer", or, if is_last, "invalid" or "turns". An invalid turn that is not the last
-    one ends nothing: the policy is told and tries again, as in Search-R1 (arXiv 2503.09516,
-    algorithm 1).
+    is part of the ids where it came. Without it `stop` becomes "length", and there is no answer,
+    even if one can be read; else "answer", or, if is_last, "invalid" or "turns". An invalid turn
+    that is not the last one ends nothing: the policy is told and tries again, as in Search-R1
+    (arXiv 2503.09516, algorithm 1).
 '''),
     ("rollout.py", STOPS, '''\
     if not has_ended:
@@ -105,9 +105,9 @@ def _tip(action: Action) -> str:
 ]
 CUT_TURNS = [
     ("rollout.py", ACTION_DOC, '''\
-    turn's text. A turn that was cut off, without it, is read like any other: what counts is the
-    pair of tags, as in Search-R1 (arXiv 2503.09516). `stop` becomes "answer", "invalid" ("length"
-    where the turn was cut off), or "turns" if is_last.
+    is part of the ids where it came. A turn that was cut off, without it, is read like any other:
+    what counts is the pair of tags, as in Search-R1 (arXiv 2503.09516). `stop` becomes "answer",
+    "invalid" ("length" where the turn was cut off), or "turns" if is_last.
 '''),
     ("rollout.py", STOPS, '''\
     if action.kind == "answer":

@@ -7,19 +7,20 @@ grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max
         grad_norm = grad_norm.full_tensor().item()"""
 TAKEN = "Take --updates_per_batch optimizer steps on the micro-batches of all ranks, all together."
 METRICS = """\
-Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
-    first, when the policy is still the one that sampled. The log-probs of the first pass are the
-    old ones of the later passes. Where loss or gradient is not finite, that step and those after it
-    on the same batch are left out."""
+Returns the metrics loss, kl, entropy, clipped, gap, tokens, grad_norm and skipped, the same on
+    all ranks: those of the last optimizer step, but `gap` of the first, when the policy is still
+    the one that sampled. The log-probs of the first pass are the old ones of the later passes.
+    Where loss or gradient is not finite, that step and those after it on the same batch are left
+    out."""
 
 SAMPLED_OLD = [
     ("train.py", METRICS, """\
-Returns the metrics, the same on all ranks: those of the last optimizer step, but `gap` of the
-    first: the mean of |log-prob as sampled - as scored| over the action tokens of all ranks. The
-    old log-probs are those of the sampler, `sampled_logps` of a batch, in the first pass too: so
-    the ratio corrects what sampling and scoring round differently (arXiv 1707.06347, eq. 7).
-    Where loss or gradient is not finite, that step and those after it on the same batch are left
-    out."""),
+Returns the metrics loss, kl, entropy, clipped, gap, tokens, grad_norm and skipped, the same on
+    all ranks: those of the last optimizer step, but `gap` of the first: the mean of |log-prob as
+    sampled - as scored| over the action tokens of all ranks. The old log-probs are those of the
+    sampler, `sampled_logps` of a batch, in the first pass too: so the ratio corrects what sampling
+    and scoring round differently (arXiv 1707.06347, eq. 7). Where loss or gradient is not finite,
+    that step and those after it on the same batch are left out."""),
     ("train.py", """\
         for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
 """, """        for i, (batch, ref) in enumerate(zip(batches, ref_logps, strict=True)):

@@ -9,7 +9,7 @@ with limits on time, memory and output, and runs from a fresh copy of this proje
 hangs, prints without end, leaves by sys.exit or os._exit, or edits tests, loses the points of the tests that do so. It is no
 prison: who attacks the grader itself runs as the same user. Grade strangers' work in a container.
 
-The exit status is 0 whatever the points, and 2 if FOLDER cannot be graded.
+The exit status is 0 whatever the points, and another one if FOLDER cannot be graded.
 """
 import argparse
 import json

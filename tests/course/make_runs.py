@@ -17,24 +17,47 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 from course import ROOT, Wrong, make_reference, replace_once
 
 sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 from mutants import MUTANTS  # noqa: E402
 
-# Bugs that a run survives, and what tells.
+
+class Clue(NamedTuple):
+    """What the key says of a bug beside its lines."""
+    stage: str  # of train.py's `main`
+    tells: str
+
+
+# Bugs that a run survives, and that the course's page does not describe.
 BUGS = {
-    "kl_sign": "`kl` climbs where it stays below 0.1 in the right run, and `loss` is -beta·kl: drift is rewarded",
-    "end_is_no_target": "`tokens` is lower by one a turn: nothing teaches the policy to stop",
-    "positions_1d": "held-out success before training is lower; `gap` is as small as ever",
-    "no_baseline": "`loss` is far below zero at the first step, where a group's advantages should add up to 0",
-    "gradients_add_up": "`grad_norm` hardly falls, though little is left to learn: a step has the gradients of all before it",
+    "kl_sign": Clue("update", "`loss` is -β·`kl`, where the right run's is β·`kl`: drift is rewarded"),
+    "positions_1d": Clue(
+        "roll out and update: how sequences are encoded",
+        "held-out success *before* training is lower than in the right run, though no weight has changed; `gap` is as small as "
+        "ever, since sampling and scoring share the bug"),
+    "picture_before_the_code": Clue(
+        "roll out: the observation",
+        "rollouts: the image that the code made is right, and the answer is a guess; success rises on search and on signs that "
+        "need no repair, and not on the others"),
+    "one_valid_turn_is_enough": Clue(
+        "reward",
+        "`reward_format` is near 1 at step 1, where the right run has 0.9, though rollouts show turns without a thought; those "
+        "stay"),
+    "advantages_of_the_neighbour": Clue(
+        "advantages",
+        "rollouts: of a group, wrong ones have positive advantages and right ones negative; success does not rise, though "
+        "`loss` and `grad_norm` look right"),
 }
 OWN = [
-    Wrong("no_baseline", "advantages are rewards: what all samples of a prompt have in common is not taken off", "grpo.py",
-          "rewards - rewards.mean(dim=1, keepdim=True)", "rewards + 0.0"),
-    Wrong("gradients_add_up", "gradients are not set to zero between steps", "train.py", "        optimizer.zero_grad()\n", ""),
+    Wrong("picture_before_the_code", "the model is shown the picture that the code read, not the one it made", "rollout.py",
+          "encode_image(policy, picture) if picture", "encode_image(policy, rollout.pictures[-1]) if picture"),
+    Wrong("one_valid_turn_is_enough", "an episode's form is paid if one of its turns is valid", "reward.py",
+          "bool(turns) and all(turn_is_valid(", "bool(turns) and any(turn_is_valid("),
+    Wrong("advantages_of_the_neighbour", "each sample gets the advantage of its neighbour in the group", "grpo.py",
+          "return centred / (std + 1e-4)", "return (centred / (std + 1e-4)).roll(1, dims=1)"),
 ]
 KEPT = ("metrics.jsonl", "evaluations.jsonl", "summary.json", "config.json", "rollouts", "report.html")
 
@@ -82,7 +105,7 @@ def write_answers(out: Path, folders: dict[str, str]) -> None:
             place = (ROOT / bug.file).read_text(encoding="utf-8").partition(bug.old)[0].count("\n") + 1
             lines += [f"- **{folder}**: {name}. {bug.bug[0].upper()}{bug.bug[1:]}. {bug.file}, line {place}:", "", "  ```diff",
                       *(f"  - {line}" for line in bug.old.splitlines()), *(f"  + {line}" for line in bug.new.splitlines()),
-                      "  ```", "", f"  What tells: {BUGS[name]}.", ""]
+                      "  ```", "", f"  Stage: {BUGS[name].stage}. What tells: {BUGS[name].tells}.", ""]
     path, text = out / "answers.md", "\n".join(lines)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         sys.exit(f"error: {path} is of another order or another version of the code; choose another folder")
