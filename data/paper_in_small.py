@@ -170,8 +170,10 @@ def run_all(plan: Plan, jobs: list[tuple[str, int]]) -> None:
                       f"{left / 60:.0f} min left; see {plan.out}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in UNDER_WAY:
-                process.terminate()
+            while not all(job.done() for job in job_of):  # one may be about to start its process
+                for process in list(UNDER_WAY):
+                    process.terminate()
+                time.sleep(0.1)
             raise
 
 
