@@ -34,28 +34,30 @@ class Clue(NamedTuple):
 # Bugs that a run survives, and that the course's page does not describe.
 BUGS = {
     "kl_sign": Clue("update", "`loss` is -β·`kl`, where the right run's is β·`kl`: drift is rewarded"),
-    "positions_1d": Clue(
-        "roll out and update: how sequences are encoded",
-        "held-out success *before* training is lower than in the right run, though no weight has changed; `gap` is as small as "
-        "ever, since sampling and scoring share the bug"),
+    "same_prompts_each_step": Clue(
+        "sample prompts",
+        "rollouts: the questions of step 60 are those of step 1; success in training is soon 1 and `zero_advantage` with it, "
+        "while held-out success stays below the right run's"),
     "picture_before_the_code": Clue(
         "roll out: the observation",
         "rollouts: the image that the code made is right, and the answer is a guess; success rises on search and on signs that "
         "need no repair, and not on the others"),
-    "one_valid_turn_is_enough": Clue(
+    "form_is_always_paid": Clue(
         "reward",
-        "`reward_format` is near 1 at step 1, where the right run has 0.9, though rollouts show turns without a thought; those "
-        "stay"),
+        "`reward_format` is exactly 1 from step 1 on, where the right run begins at 0.92, though rollouts show turns without a "
+        "thought; those stay"),
     "advantages_of_the_neighbour": Clue(
         "advantages",
         "rollouts: of a group, wrong ones have positive advantages and right ones negative; success does not rise, though "
         "`loss` and `grad_norm` look right"),
 }
 OWN = [
+    Wrong("same_prompts_each_step", "every step has the prompts of the first one", "train.py",
+          "first = step * config.prompts_per_step + dist", "first = dist"),
     Wrong("picture_before_the_code", "the model is shown the picture that the code read, not the one it made", "rollout.py",
           "encode_image(policy, picture) if picture", "encode_image(policy, rollout.pictures[-1]) if picture"),
-    Wrong("one_valid_turn_is_enough", "an episode's form is paid if one of its turns is valid", "reward.py",
-          "bool(turns) and all(turn_is_valid(", "bool(turns) and any(turn_is_valid("),
+    Wrong("form_is_always_paid", "an episode's form is paid without a look at it", "reward.py",
+          '{"format": float(is_valid),', '{"format": 1.0,'),
     Wrong("advantages_of_the_neighbour", "each sample gets the advantage of its neighbour in the group", "grpo.py",
           "return centred / (std + 1e-4)", "return (centred / (std + 1e-4)).roll(1, dims=1)"),
 ]
