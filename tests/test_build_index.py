@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import build_index
+from conftest import start_script
 from tools import SearchTool, open_sqlite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,18 +227,18 @@ def test_two_builds_do_not_mix(tmp_path):
 def test_an_interrupted_build_says_so(tmp_path):
     corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index.sqlite"
     os.mkfifo(corpus)  # whose end does not come
-    process = subprocess.Popen([sys.executable, ROOT / "data" / "build_index.py", corpus, "-o", index], stderr=subprocess.PIPE,
-                               text=True)
+    process = start_script("data/build_index.py", corpus, "-o", index, output=tmp_path / "said")
     with open(corpus, "w") as rows:
         rows.write('{"id": 1, "contents": "Oslo is large."}\n' * 10_000)
         rows.flush()
         end = time.monotonic() + 30
         while not list(tmp_path.glob("index.sqlite.tmp")) and time.monotonic() < end:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
-    assert process.returncode == 130 and said.splitlines()[-1] == f"stopped; {index} is as it was" and "Traceback" not in said
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 130 and said.splitlines()[-1] == f"stopped; {index} is as it was" and "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "said"}
 
 
 @pytest.mark.parametrize("name", ["a?b#c%41.sqlite", "ü &mode=rwc.sqlite"])
