@@ -88,7 +88,7 @@ def training_run(folder, steps, group_size=2, **config):
     write_rows(folder / "metrics.jsonl", [
         {"step": n, "success": n / last, "reward": 1.0 + n / last, "reward_format": 1.0,
          "reward_accuracy": n / last,
-         "kl": 0.01 * n, "gap": 3e-7 * n, "entropy": 0.3, "grad_norm": None if n == 2 else 1.5,
+         "loss": 0.0004 * n, "kl": 0.01 * n, "gap": 3e-7 * n, "entropy": 0.3, "grad_norm": None if n == 2 else 1.5,
          "tool_errors": 0.1,
          "stop_length": 0.0, "stop_invalid": 0.0, "seconds": 2.0,
          "seconds_generate": 1.0, "seconds_tools": 0.2, "seconds_reference": 0.1, "seconds_update": 0.7}
@@ -431,7 +431,7 @@ def test_a_training_run_is_shown(tmp_path, browser):
     assert browser.run("document.title") == browser.texts("h1")[0] == "Training run run"
     assert browser.texts(".lead") == ["data/model on train.json: 9 steps of 1 × 2 rollouts. Held-out success: 25.0 % before, "
                                       "75.0 % after step 9, 0.0 % with the tools off. Took 12 s."]
-    assert browser.texts(".chart h3") == ["Success", "Reward and its parts", "KL", "Gap", "Entropy",
+    assert browser.texts(".chart h3") == ["Success", "Reward and its parts", "Loss", "KL", "Gap", "Entropy",
                                           "Gradient norm",
                                           "What goes wrong", "Seconds a step"]
     assert browser.texts(".chart:first-child .legend li") == [
@@ -624,7 +624,7 @@ def test_the_keyboard_reaches_and_works_everything(tmp_path, browser):
         "A Skip to the rollouts", "SUMMARY All flags", "SUMMARY The same numbers as a table",
         "DIV share of exact matches, 4 tasks, last evaluation at step 9", "SELECT step 1",
         "BUTTON ← Earlier", "SELECT all", "SELECT all", "INPUT ", "SUMMARY sample 1"]
-    assert sum(stop.startswith("svg") for stop in stops) == 8
+    assert sum(stop.startswith("svg") for stop in stops) == 9
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     assert browser.run("document.activeElement.parentElement.open") is True
     browser.press("Enter")
@@ -675,10 +675,10 @@ def test_a_curve_stands_where_its_axis_says(tmp_path, browser, title, scale, exp
 @needs_browser
 def test_a_number_that_is_not_finite_leaves_a_gap(tmp_path, browser):
     browser.open(write_report(coding_run(tmp_path)))
-    path = browser.run("document.querySelectorAll('.chart')[5].querySelector('path.series').getAttribute('d')")
+    path = browser.run("document.querySelectorAll('.chart')[6].querySelector('path.series').getAttribute('d')")
     assert re.sub("[^ML]", "", path) == "MMLLLLLL"  # 1, 3 to 9
     # alone, so a dot
-    assert browser.run("document.querySelectorAll('.chart')[5].querySelectorAll('svg > .dot').length") == 1
+    assert browser.run("document.querySelectorAll('.chart')[6].querySelectorAll('svg > .dot').length") == 1
 
 
 @needs_browser
