@@ -359,12 +359,12 @@ def test_no_more_is_read_of_a_body_than_its_limit(monkeypatch):
 def test_no_server_is_unreachable(capfd):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    chat = ChatModel(url, "any", patience=0.5, backoff=0.3)
+    chat = ChatModel(url, "any", patience=2.0, backoff=0.3)  # it waits 0.3 to 0.45 s, then twice that
     for _ in range(2):
         with pytest.raises(ApiRefused, match=r"unreachable \(\[Errno 111\] Connection refused\); "):
             chat.reply(QUESTION)
     # once
-    assert capfd.readouterr().err == (f"{url}: unreachable; asks again, for up to 0.5 s a reply\n")
+    assert capfd.readouterr().err == (f"{url}: unreachable; asks again, for up to 2 s a reply\n")
 
 
 def test_a_server_that_comes_up_late_is_found():
