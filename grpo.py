@@ -133,8 +133,8 @@ def token_weights(action_mask: Tensor, loss: str, *,
     num_tokens: their action tokens; max_action_tokens: the most that a rollout can have.
 
     `grpo`: mean over rollouts of the mean over tokens. `dapo` (arXiv 2503.14476): mean over all
-    tokens. `dr_grpo`: sum over tokens, divided by a constant length. A rollout without action
-    tokens weighs 0. Raises ValueError for another loss.
+    tokens. `dr_grpo`: mean over rollouts of the sum over tokens, divided by max_action_tokens. A
+    rollout without action tokens weighs 0. Raises ValueError for another loss.
     """
     mask = action_mask.float()
     if loss == "grpo":
@@ -156,7 +156,7 @@ def policy_loss(logps: Tensor, advantages: Tensor, weights: Tensor, *,
 
     logps, weights, old_logps, ref_logps: (B, T) float32; advantages: (B,). old_logps=None means
     that the batch is used once: the ratio is 1, and its gradient is that of logps. ref_logps=None
-    means no KL term. Where a weight is 0, the other tensors may hold any number, even infinities:
+    means no KL term. Where a weight is 0, the other tensors may hold anything, NaN too:
     it reaches neither the loss nor the gradient.
 
     Returns the scalar loss and two sums to be added up over micro-batches and ranks too: `kl` (k3)
