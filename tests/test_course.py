@@ -158,6 +158,15 @@ def reasons_of(folder):
 
 
 @pytest.mark.thorough
+def test_a_file_that_is_not_handed_in_earns_nothing(starter, tmp_path):
+    """Or an empty folder would be graded with the reference's functions."""
+    (tmp_path / "empty").mkdir()
+    subprocess.run(["cp", starter / "tests" / "course" / "adapters.py", tmp_path / "empty"], check=True)
+    rows, text = graded(tmp_path / "empty", tmp_path, "--exercise", "3")
+    assert rows[3]["points"] == 0 and "there is no grpo.py in the folder" in text, text
+
+
+@pytest.mark.thorough
 def test_every_test_fails_in_the_starter_for_want_of_a_body(starter):
     why = reasons_of(starter)
     assert len(why) > 100 and [name for name in why if "NotImplementedError: exercise" not in why[name]] == []

@@ -42,7 +42,10 @@ def load_functions(folder: Path) -> tuple[dict[str, object], list[ModuleType]]:
         functions = {}
         for name, (module, attribute) in table.items():
             try:
-                functions[name] = getattr(importlib.import_module(module), attribute)
+                loaded = importlib.import_module(module)
+                if folder not in file_of(loaded).parents:  # what was not handed in would be the reference's
+                    raise ImportError(f"there is no {module}.py in the folder")
+                functions[name] = getattr(loaded, attribute)
             except Exception as error:  # of whatever kind: it is the student's file that is run
                 functions[name] = Missing(name, error)
     return functions, modules

@@ -158,7 +158,7 @@ class Grader:
 
 def first_error(log: str) -> str:
     """What a failed test says, in a line."""
-    for pattern in (r"^E\s+(\S.*)$", r"^(.* could not be loaded: .*)$"):
+    for pattern in (r"^E[ \t]+(\S.*)$", r"^(.* could not be loaded: .*)$"):
         if found := re.search(pattern, log, re.MULTILINE):
             return found[1][:200]
     return (log.strip().splitlines() or ["no output"])[-1][:200]
