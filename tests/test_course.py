@@ -129,6 +129,9 @@ HOSTILE = {  # name: (body, what is imported first, why no test passes)
     "a file that does not parse": ("return (", "", "SyntaxError"),
     "a signal": ("import os, signal; os.killpg(0, signal.SIGKILL)", "", BY_ITSELF),
     "much memory": ("return torch.zeros(4 << 30)", "", "DefaultCPUAllocator"),
+    "a skip": ("import pytest; pytest.skip('x')", "", ""),
+    "an expected failure": ("import pytest; pytest.xfail('x')", "", ""),
+    "an end of pytest": ("import pytest; pytest.exit('x', 0)", "", ""),
     "a million lines": ("print('line\\n' * 1_000_000)", "", ""),
     "edited tests": (
         "import pathlib, sys\nfor path in pathlib.Path.cwd().glob('test_*.py'):\n"

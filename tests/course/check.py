@@ -7,6 +7,7 @@ For each rule of an exercise its solution must pass all tests, and for each of t
 the reference's body under another rule, every bug of tests/mutants that lies in the functions of the exercise, and every
 mistake of its own list. The exit status is 1 if that does not hold.
 """
+import argparse
 import sys
 import tempfile
 import time
@@ -83,7 +84,11 @@ def check(exercise: Exercise, exercises: list[Exercise], folder: Path) -> bool:
 
 
 def main() -> None:
-    numbers = [int(number) for number in sys.argv[1:]] or list(NUMBERS)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", type=int, nargs="*", help="of exercises; none: all")
+    numbers = parser.parse_args().numbers or list(NUMBERS)
+    if unknown := set(numbers) - set(NUMBERS):
+        parser.error(f"there are no tests of exercise {min(unknown)}")
     exercises = load_exercises()
     import_packages()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(cpu_count()) as pool:

@@ -34,7 +34,8 @@ import pytest
 
 from course import HERE, ROOT, Exercise, load_exercises, make_reference, rules_of_term
 
-SECONDS = 30  # of one test
+SECONDS = 30  # of the processor, for one test
+PATIENCE = 4  # times as long by the clock, on a busy machine or in a sleep
 MEMORY = 8 << 30  # bytes of addresses; torch takes three on its own
 OUTPUT = 64 << 20  # bytes of one test's output, and of any file that it writes
 FORK = multiprocessing.get_context("fork")
@@ -69,6 +70,20 @@ def import_packages() -> None:
             del sys.modules[name]
 
 
+NOT_PASSED = "not passed"
+
+
+class Calls:
+    """A plugin of pytest: whether each test that was called passed. One that is skipped, or may fail, did not."""
+
+    def __init__(self):
+        self.passed = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            self.passed.append(report.passed and not hasattr(report, "wasxfail"))
+
+
 class Grader:
     """Runs the tests of exercises, each in a copy of the project with the rule of that exercise alone."""
 
@@ -100,15 +115,16 @@ class Grader:
         """The verdict on one test."""
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch:
-            status = self._fork(Path(scratch), student, exercise, [test])
+            why = self._fork(Path(scratch), student, exercise, [test])
             log = Path(scratch, "log").read_text(errors="replace")
-        why = {0: "", None: f"no end within {self.seconds:g} s, or the process ended by itself"}.get(status, first_error(log))
         if self._mend():
-            status, why = 1, "a file of the tests was changed"
-        return Verdict(test.partition("::")[2], status == 0, time.perf_counter() - start, why, log[:4000])
+            why = "a file of the tests was changed"
+        elif why == NOT_PASSED:
+            why = first_error(log)
+        return Verdict(test.partition("::")[2], not why, time.perf_counter() - start, why, log[:4000])
 
-    def _fork(self, scratch: Path, student: Path, exercise: Exercise, arguments: list[str]) -> int | None:
-        """pytest's exit status in a process of its own; None if it did not come to an end."""
+    def _fork(self, scratch: Path, student: Path, exercise: Exercise, arguments: list[str]) -> str:
+        """Run pytest in a process of its own. Returns why the test did not pass, or "" if it did."""
         word = secrets.token_bytes(16)  # what a test says that ends pytest's way; one that exits early does not
         with self.forking:  # or another test's process would hold this one's line open
             line, end = os.pipe()
@@ -116,7 +132,7 @@ class Grader:
             process.start()
             os.close(end)
         try:
-            ready, _, _ = select.select([line], [], [], self.seconds)
+            ready, _, _ = select.select([line], [], [], PATIENCE * self.seconds)
             said = os.read(line, 100) if ready else b""
         finally:
             os.close(line)
@@ -125,26 +141,34 @@ class Grader:
             except ProcessLookupError:
                 process.kill()
             process.join()
-        return said[len(word)] if said[:-1] == word else None
+        if not ready or process.exitcode == -signal.SIGXCPU:
+            return f"no end within {self.seconds:g} s of the processor, or {PATIENCE * self.seconds:g} s by the clock"
+        if said[:-1] != word:
+            return "the process ended by itself"
+        return "" if said[-1] else NOT_PASSED
 
     def _child(self, scratch, student, exercise, arguments, end, word):
         os.setpgrp()  # what is killed together
         output = os.open(scratch / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, OUTPUT), (resource.RLIMIT_CORE, 0),
-                             (resource.RLIMIT_CPU, round(4 * self.seconds))):
+        for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, OUTPUT), (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(limit, (value, value))
+        seconds = round(self.seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # if they were equal, SIGKILL would come at once
+        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+            os.environ.pop(name, None)
         os.environ.update(COURSE_STUDENT=str(student), TMPDIR=str(scratch),
                           COURSE_GRADED=",".join(name for _, name in exercise.functions))
         os.chdir(self.place(exercise) / HERE)
         sys.dont_write_bytecode = True
         sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / HERE)]
+        calls = Calls()
         status = pytest.main(["-q", "--tb=short", "-o", "console_output_style=classic", "-p", "no:cacheprovider", "-m", "",
-                              f"--rootdir={os.getcwd()}", f"--confcutdir={os.getcwd()}", f"--basetemp={scratch / 'tmp'}",
-                              *arguments])
+                              "-c", os.devnull, f"--rootdir={os.getcwd()}", f"--confcutdir={os.getcwd()}",
+                              f"--basetemp={scratch / 'tmp'}", *arguments], plugins=[calls])
         sys.stdout.flush()
-        os.write(end, word + bytes([status]))
+        os.write(end, word + bytes([status == 0 and calls.passed == [True]]))
         os._exit(0)
 
     def _mend(self) -> bool:
@@ -221,10 +245,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--exercise", type=int, action="append", choices=range(1, 10), help="only these")
     parser.add_argument("--term", type=int, help="the number that the starter was made with")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of one test")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the processor, for one test")
     parser.add_argument("--json", type=Path, help="write the points to this file")
     parser.add_argument("--junit", type=Path, help="write JUnit's XML to this file")
     args = parser.parse_args()
+    for path in filter(None, (args.json, args.junit)):  # fails now, not behind the grading
+        try:
+            path.touch()
+        except OSError as error:
+            parser.error(f"{path} cannot be written: {error.strerror}")
+    if not args.seconds >= 1:
+        parser.error("--seconds must be at least 1")
     student = args.folder.resolve()
     if not any((student / place / "adapters.py").is_file() for place in (HERE, ".")):
         sys.exit(f"error: {args.folder} has no {HERE / 'adapters.py'}; it says where the functions are")

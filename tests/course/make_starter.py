@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from course import HERE, Exercise, blank, load_exercises, make_reference, rules_of_term
+from course import HERE, ROOT, Exercise, blank, load_exercises, make_reference, rules_of_term
 
 # Of tests/course, what students get; the rest holds solutions or is the instructor's.
 GIVEN = ("README.md", "notes", "adapters.py", "conftest.py", "rules.json", "rules.md", "test_*.py", "ranks.py")
@@ -20,6 +20,8 @@ GIVEN = ("README.md", "notes", "adapters.py", "conftest.py", "rules.json", "rule
 
 def make_starter(out: Path, exercises: list[Exercise], rules: dict[int, str], solved: bool = False) -> None:
     """Write the starter into the folder `out`, which must not exist or be empty; solved: with the solutions."""
+    if out.resolve().is_relative_to(ROOT):  # it would be copied into itself
+        raise ValueError(f"{out} is inside the project; choose a folder outside")
     if out.exists():
         if not out.is_dir() or any(out.iterdir()):
             raise ValueError(f"{out} is there and not empty; choose another folder")
