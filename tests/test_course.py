@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -158,6 +159,21 @@ def reasons_of(folder):
     cases = ElementTree.parse(report).getroot().iter("testcase")
     return {case.get("name"): "".join(f"{child.get('message')} {child.text}" for child in case
                                       if child.tag in ("failure", "error", "skipped")) for case in cases}
+
+
+@pytest.mark.thorough
+def test_the_runs_of_exercise_10_end_with_their_script_and_are_not_mixed(tmp_path):
+    command = [sys.executable, COURSE / "make_runs.py", tmp_path / "out", "--seeds", "1"]
+    process = subprocess.Popen([*command, "--flags", "--steps 400 --eval_tasks ''"], stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    for _ in range(600):  # until runs write their metrics
+        if list(tmp_path.glob("tmp*/*/metrics.jsonl")):
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.communicate(timeout=60)[1].endswith("stopped; the same command goes on\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "runs").exists()
+    done = run("make_runs.py", tmp_path / "out", "--seeds", "1", "--flags", "--steps 2")
+    assert done.returncode == 1 and "other flags" in done.stderr
 
 
 @pytest.mark.thorough

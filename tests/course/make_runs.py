@@ -1,16 +1,18 @@
 """Exercise 10, find the silent bug: train with five bugs and without one, and write what students get to see.
 
-    python tests/course/make_runs.py OUT            # 18 runs of the laptop job, one a core: 40 minutes on 2 quiet cores
+    python tests/course/make_runs.py OUT            # 18 runs of the laptop job, one a core: about 40 minutes on 2
     python tests/course/make_runs.py OUT --letters 7    # in another order
 
 OUT/runs has a folder for each of `right`, a, b, c, d, e: three seeds, each with its metrics, rollouts and page (report.html).
 OUT/answers.md, which stays with the instructor, has the bugs, their lines, and where to look. A run that is done is not done
-again; killed, it goes on with the same command.
+again; stopped or killed, it goes on with the same command.
 """
 import argparse
 import os
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,12 +38,12 @@ BUGS = {
     "kl_sign": Clue("update", "`loss` is -β·`kl`, where the right run's is β·`kl`: drift is rewarded"),
     "same_prompts_each_step": Clue(
         "sample prompts",
-        "rollouts: the questions of step 60 are those of step 1; success in training is soon 1 and `zero_advantage` with it, "
-        "while held-out success stays below the right run's"),
+        "rollouts: the tasks of step 60 are those of step 1; success in training is as in the right run, and held-out success "
+        "10 points below"),
     "picture_before_the_code": Clue(
         "roll out: the observation",
-        "rollouts: the image that the code made is right, and the answer is a guess; success rises on search and on signs that "
-        "need no repair, and not on the others"),
+        "held-out success *before* training is 20 points lower, but not on search or on signs that need no repair; rollouts: "
+        "the image that the code made is right, the answer a guess; later the policy runs its code twice"),
     "form_is_always_paid": Clue(
         "reward",
         "`reward_format` is exactly 1 from step 1 on, where the right run begins at 0.92, though rollouts show turns without a "
@@ -61,6 +63,7 @@ OWN = [
     Wrong("advantages_of_the_neighbour", "each sample gets the advantage of its neighbour in the group", "grpo.py",
           "return centred / (std + 1e-4)", "return (centred / (std + 1e-4)).roll(1, dims=1)"),
 ]
+UNDER_WAY = []  # the processes of runs, which end with this one
 KEPT = ("metrics.jsonl", "evaluations.jsonl", "summary.json", "config.json", "rollouts", "report.html")
 
 
@@ -89,18 +92,22 @@ def train(bug: Wrong | None, folder: Path, seed: int, flags: list[str]) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}
         for command in (["train.py", "--seed", str(seed), "--rollouts_every", "10", "--output_dir", str(out), *flags],
                         ["evaluate.py", "--report", str(out)]):
-            done = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr[-2000:]}")
+            process = subprocess.Popen([sys.executable, *command], cwd=copy, env=environment, text=True,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            UNDER_WAY.append(process)
+            said = process.communicate()[1]
+            UNDER_WAY.remove(process)
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(command)}: status {process.returncode}\n{said[-2000:]}")
         folder.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             path = out / name
             shutil.copytree(path, folder / name, dirs_exist_ok=True) if path.is_dir() else shutil.copy(path, folder / name)
 
 
-def write_answers(out: Path, folders: dict[str, str]) -> None:
+def write_answers(out: Path, folders: dict[str, str], flags: str) -> None:
     """The key: which folder has which bug, where it stands, and what tells. Ends the script if another one is there."""
-    bugs, lines = known_bugs(), ["# Answers", ""]
+    bugs, lines = known_bugs(), ["# Answers", "", f"Flags of train.py beside the defaults: {flags or 'none'}.", ""]
     for folder, name in folders.items():
         if name:
             bug = bugs[name]
@@ -110,7 +117,7 @@ def write_answers(out: Path, folders: dict[str, str]) -> None:
                       "  ```", "", f"  Stage: {BUGS[name].stage}. What tells: {BUGS[name].tells}.", ""]
     path, text = out / "answers.md", "\n".join(lines)
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        sys.exit(f"error: {path} is of another order or another version of the code; choose another folder")
+        sys.exit(f"error: {path} is of another order, other flags or another version of the code; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
@@ -124,24 +131,30 @@ def main() -> None:
     args = parser.parse_args()
     folders, bugs = letters(args.letters), known_bugs()
     runs = [(folder, seed) for seed in range(args.seeds) for folder in folders]
-    write_answers(args.out, folders)
+    write_answers(args.out, folders, args.flags)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end, too
     start = time.perf_counter()
 
     def one_run(folder: str, seed: int) -> str:
-        train(bugs.get(folders[folder]), args.out / "runs" / folder / f"seed{seed}", seed, args.flags.split())
+        train(bugs.get(folders[folder]), args.out / "runs" / folder / f"seed{seed}", seed, shlex.split(args.flags))
         return f"{folder}, seed {seed}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(one_run, *run) for run in runs]
-        for n, job in enumerate(as_completed(jobs), 1):
-            try:
-                name = job.result()
-            except (OSError, RuntimeError) as error:
-                pool.shutdown(wait=False, cancel_futures=True)  # those under way end first
+        try:
+            for n, job in enumerate(as_completed(jobs), 1):
+                name, seconds = job.result(), time.perf_counter() - start
+                print(f"[{n}/{len(runs)}] {name}: {seconds:.0f} s in all, about "
+                      f"{seconds / n * (len(runs) - n) / 60:.0f} min left; see {args.out}", flush=True)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(job.done() for job in jobs):  # one may be about to start its process
+                for process in list(UNDER_WAY):
+                    process.terminate()
+                time.sleep(0.1)
+            if isinstance(error, (OSError, RuntimeError)):
                 sys.exit(f"error: {error}")
-            seconds = time.perf_counter() - start
-            print(f"[{n}/{len(runs)}] {name}: {seconds:.0f} s in all, about "
-                  f"{seconds / n * (len(runs) - n) / 60:.0f} min left; see {args.out}", flush=True)
+            sys.exit("stopped; the same command goes on")
 
 
 if __name__ == "__main__":
