@@ -164,7 +164,8 @@ def reasons_of(folder):
 @pytest.mark.thorough
 def test_the_runs_of_exercise_10_end_with_their_script_and_are_not_mixed(tmp_path):
     command = [sys.executable, COURSE / "make_runs.py", tmp_path / "out", "--seeds", "1"]
-    process = subprocess.Popen([*command, "--flags", "--steps 400 --eval_tasks ''"], stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    process = subprocess.Popen([*command, "--flags", "--steps 400 --eval_tasks ''"], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"TMPDIR": str(tmp_path)})
     for _ in range(600):  # until runs write their metrics
         if list(tmp_path.glob("tmp*/*/metrics.jsonl")):
             break
