@@ -3,11 +3,11 @@
 In a starter (`python -m pytest tests/course`) the tests look at the code they stand beside. grade.py has them look at
 another folder, by COURSE_STUDENT, and grades each exercise alone: what it calls of other exercises is the reference's.
 """
+import functools
 import importlib
 import json
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -29,52 +29,56 @@ class Missing:
 
 
 class Student:
-    """The functions of all exercises under their names; one that is missing fails where it is called."""
+    """The functions of all exercises under their names, and the modules they came from."""
 
-    def __init__(self, functions: dict[str, object]):
+    def __init__(self, functions: dict[str, object], modules: list[ModuleType]):
         self.__dict__.update(functions)
+        self.modules = modules
 
 
-def load_functions(folder: Path) -> tuple[dict[str, object], list[ModuleType]]:
-    """({name: function}, the modules) that adapters.py of a folder names."""
-    with only_modules_of(folder) as modules:
-        table = importlib.import_module("adapters").FUNCTIONS
-        functions = {}
-        for name, (module, attribute) in table.items():
-            try:
-                loaded = importlib.import_module(module)
-                if folder not in file_of(loaded).parents:  # what was not handed in would be the reference's
-                    raise ImportError(f"there is no {module}.py in the folder")
-                functions[name] = getattr(loaded, attribute)
-            except Exception as error:  # of whatever kind: it is the student's file that is run
-                functions[name] = Missing(name, error)
-    return functions, modules
+class World:
+    """Inside it (`with world:`), imports find the modules of a folder in place of ours, and nothing of ours.
+
+    The folder's functions run inside it, as they may import in their bodies; the tests run outside.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.modules, self.inside = folder, {}, False  # modules: what the folder's imports have loaded
+        self.path = [str(folder / name) for name in (".", "data", "tests/course")]
+        self.path += [place for place in sys.path if Path(place or ".").resolve() not in OUR_FOLDERS]
+
+    def __enter__(self) -> None:
+        self.inside, self.our_path = True, sys.path[:]
+        self.ours = {name: sys.modules.pop(name) for name in OUR_NAMES if name in sys.modules}
+        sys.modules.update(self.modules)
+        sys.path[:], self.before = self.path, len(sys.modules)
+
+    def __exit__(self, *_) -> None:
+        if len(sys.modules) != self.before:  # looked at only then: there are thousands, and many calls
+            self.modules |= {name: module for name, module in list(sys.modules.items()) if self.has(module)}
+        for name in self.modules:
+            sys.modules.pop(name, None)
+        sys.modules.update(self.ours)
+        self.path, sys.path[:], self.inside = sys.path[:], self.our_path, False
+
+    def has(self, module: ModuleType) -> bool:
+        """Whether its file, or the folder of a package without one, is in the world's folder, and not in an environment's."""
+        file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "")
+        return str(file).startswith(f"{self.folder}/") and "/site-packages/" not in str(file)
+
+    def wrap(self, function):
+        """The function, which runs inside."""
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if self.inside:
+                return function(*args, **kwargs)
+            with self:
+                return function(*args, **kwargs)
+        return call
 
 
-@contextmanager
-def only_modules_of(folder: Path):
-    """Inside, imports find the folder's modules in place of ours; the list that is given has them afterwards."""
-    ours = {name: module for name, module in sys.modules.items() if file_of(module).parent in (ROOT, ROOT / "data", HERE)}
-    for name in ours:
-        del sys.modules[name]
-    places, modules = [str(folder / name) for name in (".", "data", "tests/course")], []
-    sys.path[:0] = places
-    importlib.invalidate_caches()
-    try:
-        yield modules
-    finally:
-        theirs = {name: module for name, module in sys.modules.items()
-                  if folder in file_of(module).parents and "site-packages" not in file_of(module).parts}
-        modules += theirs.values()
-        for name in theirs:
-            del sys.modules[name]
-        for place in places:
-            sys.path.remove(place)
-        sys.modules.update(ours)
-
-
-def file_of(module: ModuleType) -> Path:
-    return Path(getattr(module, "__file__", None) or "/")
+OUR_FOLDERS = (ROOT, ROOT / "data", HERE)
+OUR_NAMES = {"data"} | {prefix + path.stem for folder in OUR_FOLDERS for path in folder.glob("*.py") for prefix in ("", "data.")}
 
 
 def functions_here() -> dict[str, object]:
@@ -83,20 +87,53 @@ def functions_here() -> dict[str, object]:
     return {name: getattr(importlib.import_module(module), attribute) for name, (module, attribute) in table.items()}
 
 
+def load_functions(world: World, graded: list[str]) -> dict[str, object]:
+    """{name: function} that adapters.py of the world's folder names; Missing where it could not be loaded.
+
+    If a file cannot be imported that holds nothing to be graded now, ours stands in: another exercise's mistake.
+    """
+    ours, functions = dict(sys.modules), {}
+    importlib.invalidate_caches()
+    with world:
+        table = importlib.import_module("adapters").FUNCTIONS
+        modules_graded = {table[name][0] for name in graded if name in table}
+        for name in sorted(table, key=graded.__contains__):  # those of other exercises first
+            module = ""
+            try:
+                module, attribute = table[name]
+                loaded = importlib.import_module(module)
+                if not world.has(loaded):
+                    raise ImportError(f"there is no {module}.py in the folder")
+                functions[name] = getattr(loaded, attribute)
+            except BaseException as error:  # of whatever kind, sys.exit included: it is the student's file that is run
+                functions[name] = Missing(name, error)
+                if module in ours and module not in modules_graded and (world.folder / f"{module}.py").is_file():
+                    world.modules[module] = sys.modules[module] = stand_in(ours[module], graded)
+    return functions
+
+
+def stand_in(module: ModuleType, graded: list[str]) -> ModuleType:
+    """The module without what is graded."""
+    copy = ModuleType(module.__name__)
+    copy.__dict__.update({name: value for name, value in vars(module).items() if name not in graded})
+    return copy
+
+
 @pytest.fixture(scope="session")
 def student() -> Student:
     reference, folder = functions_here(), Path(os.environ.get("COURSE_STUDENT", ROOT)).resolve()
     if folder == ROOT:
-        return Student(reference)
-    functions, modules = load_functions(folder)
+        return Student(reference, [])
     graded = os.environ["COURSE_GRADED"].split(",")  # the functions of one exercise
-    others = {id(function): reference[name] for name, function in functions.items() if name not in graded}
-    for module in modules:
+    world = World(folder)
+    functions = {name: Missing(name, KeyError("it is not in adapters.py")) for name in graded} | load_functions(world, graded)
+    others = {id(function): reference[name] for name, function in functions.items() if name in reference.keys() - set(graded)}
+    for module in world.modules.values():
         for name, value in list(vars(module).items()):
-            if id(value) in others:
+            if callable(value) and id(value) in others:
                 setattr(module, name, others[id(value)])
-    absent = {name: Missing(name, KeyError("it is not in adapters.py")) for name in graded}
-    return Student(reference | absent | {name: functions[name] for name in graded if name in functions})
+    theirs = {name: world.wrap(functions[name]) for name in graded}
+    return Student(reference | theirs, list(world.modules.values()))
 
 
 @pytest.fixture
@@ -120,3 +157,4 @@ def plain_functions_beside_it(request) -> None:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs_plain(numbers): what a test expects holds with the reference's rule of these")
+    config.addinivalue_line("markers", "core: what the exercise is about; if it fails, its points are halved")

@@ -69,11 +69,13 @@ def rules_of_term(exercises: list[Exercise], term: int | None) -> dict[int, str]
             for each in exercises}
 
 
-def make_reference(folder: Path, exercises: list[Exercise], rules: dict[int, str]) -> None:
+def make_reference(folder: Path, exercises: list[Exercise], rules: dict[int, str], for_tests: bool = False) -> None:
     """Copy the project into a new folder, put the solutions of the exercises' rules in, and write for conftest.py which rules
-    there are, and whose are not the reference's."""
+    there are, and whose are not the reference's. for_tests: with a model of its own, and no other data."""
     shutil.copytree(ROOT, folder, ignore=IGNORED)
-    for name in LINKED:
+    if for_tests:  # what students' code runs in must not lead back into the project
+        shutil.copytree(ROOT / "data" / "model", folder / "data" / "model")
+    for name in () if for_tests else LINKED:
         os.symlink(ROOT / name, folder / name)
     for each in exercises:
         for edit in each.rules[rules[each.number]].edits:

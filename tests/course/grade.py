@@ -7,11 +7,13 @@
 The tests find the functions by FOLDER/tests/course/adapters.py (or FOLDER/adapters.py). Every test is a process of its own,
 with limits on time, memory and output, and runs from a fresh copy of this project, never from FOLDER. So a submission that
 hangs, prints without end, leaves by sys.exit or os._exit, or edits tests, loses the points of the tests that do so. It is no
-prison: who attacks the grader itself runs as the same user. Grade strangers' work in a container.
+prison: who attacks the grader itself runs as the same user, and a process that leaves its session is not followed. Grade
+strangers' work in a container.
 
 The exit status is 0 whatever the points, and another one if FOLDER cannot be graded.
 """
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -21,6 +23,7 @@ import secrets
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -36,6 +39,7 @@ from course import HERE, ROOT, Exercise, load_exercises, make_reference, rules_o
 
 SECONDS = 30  # of the processor, for one test
 PATIENCE = 4  # times as long by the clock, on a busy machine or in a sleep
+PATIENCE_EXERCISE = 10  # times as long for all tests of an exercise; a right solution takes two
 MEMORY = 8 << 30  # bytes of addresses; torch takes three on its own
 OUTPUT = 64 << 20  # bytes of one test's output, and of any file that it writes
 FORK = multiprocessing.get_context("fork")
@@ -44,6 +48,7 @@ FORK = multiprocessing.get_context("fork")
 class Verdict(NamedTuple):
     """What became of one test."""
     test: str  # the name of its function, with its parameters
+    core: bool
     passed: bool
     seconds: float
     why: str  # a line, empty if it passed
@@ -54,9 +59,9 @@ Graded = list[tuple[Exercise, list[Verdict]]]
 
 
 def import_packages() -> None:
-    """Import what the project imports, once, so that each test starts at once; and forget our own modules again."""
+    """Import what the project imports, once, so that each test starts soon; and forget our own modules again."""
     import torch
-    places = [str(ROOT), str(ROOT / "data")]
+    places, before = [str(ROOT), str(ROOT / "data")], set(sys.modules)
     sys.path[:0] = places
     import evaluate  # noqa: F401
     import make_model  # noqa: F401
@@ -65,9 +70,10 @@ def import_packages() -> None:
     torch.set_num_threads(1)
     for place in places:
         sys.path.remove(place)
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").parent in (ROOT, ROOT / "data", ROOT / HERE) and name != "__main__":
+    for name in set(sys.modules) - before:
+        if name == "data" or Path(getattr(sys.modules[name], "__file__", None) or "/").parent in (ROOT, ROOT / "data"):
             del sys.modules[name]
+    gc.freeze()  # pytest collects garbage twice a test, and would look at all of torch each time
 
 
 NOT_PASSED = "not passed"
@@ -84,68 +90,93 @@ class Calls:
             self.passed.append(report.passed and not hasattr(report, "wasxfail"))
 
 
+class Names:
+    """A plugin of pytest: prints the ids of the tests, and which are core."""
+
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            print("\ncore" if item.get_closest_marker("core") else "\ntest", item.nodeid, flush=True)
+
+
 class Grader:
     """Runs the tests of exercises, each in a copy of the project with the rule of that exercise alone."""
 
     def __init__(self, exercises: list[Exercise], rules: dict[int, str], folder: Path, seconds: float = SECONDS):
-        self.exercises, self.folder, self.seconds, self.forking = exercises, folder, seconds, threading.Lock()
+        self.folder, self.seconds = folder, seconds
+        self.forking, self.running, self.stopped = threading.Lock(), set(), False
+        self.files, self.tests = {}, {}
         for each in exercises:
-            make_reference(self.place(each), [each], rules)
-        self.files = {path: path.read_bytes() for path in folder.glob("reference-*/**/*.py")}
-        self.tests = {each.number: self._collect(each) for each in exercises}
+            make_reference(self.place(each), [each], rules, for_tests=True)
+            self.tests[each.number] = self._collect(each)  # which leaves compiled files behind, for the tests
+            self.files[each.number] = {path: path.read_bytes() for path in self.place(each).rglob("*") if path.is_file()}
 
     def place(self, exercise: Exercise) -> Path:
         return self.folder / f"reference-{exercise.number}"
 
+    def stop(self) -> None:
+        """End the tests that run, and start no others."""
+        with self.forking:
+            self.stopped = True
+            for process in self.running:
+                kill(process)
+
     def grade(self, student: Path, exercise: Exercise) -> list[Verdict]:
         """The verdict on each test of one exercise."""
-        return [self.run(student, exercise, test) for test in self.tests[exercise.number]]
+        start, limit, verdicts = time.perf_counter(), PATIENCE_EXERCISE * self.seconds, []
+        for test, core in self.tests[exercise.number].items():
+            if time.perf_counter() - start < limit:
+                verdicts.append(self.run(student, exercise, test))
+            else:
+                why = f"was not run: the exercise had had {limit:g} s"
+                verdicts.append(Verdict(test.partition("::")[2], core, False, 0.0, why, why))
+        return verdicts
 
-    def _collect(self, exercise: Exercise) -> list[str]:
-        """The ids of an exercise's tests, in their order. Raises ValueError if they cannot be collected."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            log = Path(scratch, "log")
-            self._fork(Path(scratch), ROOT, exercise, ["--collect-only", f"test_{exercise.number}.py"])
-            ids = re.findall(r"^(?:.*/)?(test_\d+\.py::\S.*)$", log.read_text(), re.MULTILINE)
-            if not ids:
-                raise ValueError(f"no test of exercise {exercise.number} was found:\n{log.read_text()}")
-        return ids
+    def _collect(self, exercise: Exercise) -> dict[str, bool]:
+        """{id: whether it is core} of an exercise's tests, in their order. Raises ValueError if there are none."""
+        log, _ = self._fork(ROOT, exercise, ["--collect-only", f"test_{exercise.number}.py"])
+        tests = {test: kind == "core" for kind, test in re.findall(r"^(core|test) (test_\d+\.py::.*)$", log, re.MULTILINE)}
+        if not any(tests.values()):
+            raise ValueError(f"no core test of exercise {exercise.number} was found:\n{log}")
+        return tests
 
     def run(self, student: Path, exercise: Exercise, test: str) -> Verdict:
         """The verdict on one test."""
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch:
-            why = self._fork(Path(scratch), student, exercise, [test])
-            log = Path(scratch, "log").read_text(errors="replace")
-        if self._mend():
+        log, why = self._fork(student, exercise, [test])
+        if self._mend(exercise):
             why = "a file of the tests was changed"
         elif why == NOT_PASSED:
             why = first_error(log)
-        return Verdict(test.partition("::")[2], not why, time.perf_counter() - start, why, log[:4000])
+        core = self.tests[exercise.number][test]
+        return Verdict(test.partition("::")[2], core, not why, time.perf_counter() - start, why, log[:4000])
 
-    def _fork(self, scratch: Path, student: Path, exercise: Exercise, arguments: list[str]) -> str:
-        """Run pytest in a process of its own. Returns why the test did not pass, or "" if it did."""
+    def _fork(self, student: Path, exercise: Exercise, arguments: list[str]) -> tuple[str, str]:
+        """Run pytest in a process of its own: (what it printed, why the test did not pass, or "" if it did)."""
+        scratch = Path(tempfile.mkdtemp(dir=self.folder))
         word = secrets.token_bytes(16)  # what a test says that ends pytest's way; one that exits early does not
         with self.forking:  # or another test's process would hold this one's line open
+            if self.stopped:
+                return "", "stopped"
             line, end = os.pipe()
             process = FORK.Process(target=self._child, args=(scratch, student, exercise, arguments, end, word))
             process.start()
+            self.running.add(process)
             os.close(end)
         try:
             ready, _, _ = select.select([line], [], [], PATIENCE * self.seconds)
             said = os.read(line, 100) if ready else b""
         finally:
             os.close(line)
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-            except ProcessLookupError:
-                process.kill()
+            kill(process)
             process.join()
+            self.running.discard(process)
+            log = (scratch / "log").read_text(errors="replace") if (scratch / "log").is_file() else ""
+            remove(scratch)
         if not ready or process.exitcode == -signal.SIGXCPU:
-            return f"no end within {self.seconds:g} s of the processor, or {PATIENCE * self.seconds:g} s by the clock"
+            return log, f"no end within {self.seconds:g} s of the processor, or {PATIENCE * self.seconds:g} s by the clock"
         if said[:-1] != word:
-            return "the process ended by itself"
-        return "" if said[-1] else NOT_PASSED
+            return log, "the process ended by itself"
+        return log, "" if said[-1] else NOT_PASSED
 
     def _child(self, scratch, student, exercise, arguments, end, word):
         os.setpgrp()  # what is killed together
@@ -158,26 +189,46 @@ class Grader:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # if they were equal, SIGKILL would come at once
         for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
             os.environ.pop(name, None)
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        tempfile.tempdir = str(scratch)
         os.environ.update(COURSE_STUDENT=str(student), TMPDIR=str(scratch),
                           COURSE_GRADED=",".join(name for _, name in exercise.functions))
         os.chdir(self.place(exercise) / HERE)
-        sys.dont_write_bytecode = True
+        collecting = "--collect-only" in arguments
+        sys.dont_write_bytecode = not collecting
         sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / HERE)]
         calls = Calls()
         status = pytest.main(["-q", "--tb=short", "-o", "console_output_style=classic", "-p", "no:cacheprovider", "-m", "",
                               "-c", os.devnull, f"--rootdir={os.getcwd()}", f"--confcutdir={os.getcwd()}",
-                              f"--basetemp={scratch / 'tmp'}", *arguments], plugins=[calls])
+                              f"--basetemp={scratch / 'tmp'}", *arguments],
+                             plugins=[Names() if collecting else calls])
         sys.stdout.flush()
         os.write(end, word + bytes([status == 0 and calls.passed == [True]]))
         os._exit(0)
 
-    def _mend(self) -> bool:
-        """Whether files of the reference were changed; they are then as they were."""
-        changed = [path for path, content in self.files.items() if not path.is_file() or path.read_bytes() != content]
-        for path in changed:
+    def _mend(self, exercise: Exercise) -> bool:
+        """Whether files of an exercise's copy were changed; they are then as they were."""
+        files = self.files[exercise.number]
+        if all(path.is_file() and path.read_bytes() == content for path, content in files.items()):
+            return False
+        remove(self.place(exercise))
+        for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.files[path])
-        return bool(changed)
+            path.write_bytes(content)
+        return True
+
+
+def kill(process: multiprocessing.Process) -> None:
+    """Kill a process with all of its group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, however deep it is; what is still being written to may stay."""
+    subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
 
 
 def first_error(log: str) -> str:
@@ -190,8 +241,9 @@ def first_error(log: str) -> str:
 
 # ---- what is printed and written -----------------------------------------------------------------------------------
 def points_of(exercise: Exercise, verdicts: list[Verdict]) -> float:
-    """An exercise's points, shared evenly among its tests."""
-    return round(exercise.points * sum(verdict.passed for verdict in verdicts) / len(verdicts), 1)
+    """An exercise's points, shared evenly among its tests; half of that if a core test failed."""
+    share = sum(verdict.passed for verdict in verdicts) / len(verdicts)
+    return round(exercise.points * share / (1 if all(v.passed for v in verdicts if v.core) else 2), 1)
 
 
 def table(graded: Graded) -> str:
@@ -202,7 +254,7 @@ def table(graded: Graded) -> str:
         points = f"{points_of(exercise, verdicts):g} of {exercise.points:g}"
         tests, seconds = f"{passed} of {len(verdicts)}", sum(verdict.seconds for verdict in verdicts)
         lines.append(f"{exercise.number:>2}  {exercise.title:<40}{points:>12}{tests:>10}{seconds:>9.1f}")
-        lines += [f"      {verdict.test}: {verdict.why}" for verdict in verdicts if not verdict.passed]
+        lines += [f"      {v.test}{' (core)' if v.core else ''}: {v.why}" for v in verdicts if not v.passed]
     points = sum(points_of(exercise, verdicts) for exercise, verdicts in graded)
     of = sum(exercise.points for exercise, _ in graded)
     seconds = sum(verdict.seconds for _, verdicts in graded for verdict in verdicts)
@@ -215,8 +267,8 @@ def as_json(graded: Graded, rules: dict[int, str]) -> dict:
             "of": sum(exercise.points for exercise, _ in graded),
             "exercises": [{"number": exercise.number, "title": exercise.title, "rule": rules[exercise.number],
                            "points": points_of(exercise, verdicts), "of": exercise.points,
-                           "tests": [{"name": v.test, "passed": v.passed, "seconds": round(v.seconds, 2), "why": v.why}
-                                     for v in verdicts]} for exercise, verdicts in graded]}
+                           "tests": [{"name": v.test, "core": v.core, "passed": v.passed, "seconds": round(v.seconds, 2),
+                                      "why": v.why} for v in verdicts]} for exercise, verdicts in graded]}
 
 
 def as_junit(graded: Graded) -> bytes:
@@ -261,21 +313,54 @@ def main() -> None:
         sys.exit(f"error: {args.folder} has no {HERE / 'adapters.py'}; it says where the functions are")
     exercises = load_exercises()
     rules = rules_of_term(exercises, args.term)
+    warn_of_other_rules(student / HERE / "rules.json", rules)
     chosen = [each for each in exercises if not args.exercise or each.number in args.exercise]
+    for number in (signal.SIGINT, signal.SIGTERM):  # tests end and files go, too
+        signal.signal(number, lambda *_: sys.exit("stopped; nothing was graded"))
+    folder = Path(tempfile.mkdtemp(prefix="grade_"))
+    try:
+        graded = grade(student, chosen, rules, folder, args.seconds)
+        print(table(graded))
+        for path, content in ((args.json, json.dumps(as_json(graded, rules), indent=1).encode()),
+                              (args.junit, as_junit(graded))):
+            if path:
+                path.write_bytes(content)
+    finally:
+        remove(folder)
+
+
+def grade(student: Path, chosen: list[Exercise], rules: dict[int, str], folder: Path, seconds: float) -> Graded:
+    """The verdicts on the tests of all chosen exercises; each core takes an exercise at a time."""
     import_packages()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        copy = shutil.copytree(student, Path(folder) / "student", symlinks=True, ignore=shutil.ignore_patterns(
+    try:
+        copy = shutil.copytree(student, folder / "student", symlinks=True, ignore=shutil.ignore_patterns(
             ".git", ".venv", "runs", "__pycache__"))
-        grader = Grader(chosen, rules, Path(folder), args.seconds)
-        jobs, graded = [pool.submit(grader.grade, copy, each) for each in chosen], []
-        for each, job in zip(chosen, jobs):
-            graded.append((each, job.result()))
-            print(f"exercise {each.number} is graded", file=sys.stderr, flush=True)
-    print(table(graded))
-    for path, content in ((args.json, json.dumps(as_json(graded, rules), indent=1).encode()),
-                          (args.junit, as_junit(graded))):
-        if path:
-            path.write_bytes(content)
+    except shutil.Error as error:
+        name, _, why = error.args[0][0]
+        sys.exit(f"error: {name} cannot be copied: {why}")
+    grader, graded = Grader(chosen, rules, folder, seconds), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(grader.grade, copy, each) for each in chosen]
+        try:
+            for n, (each, job) in enumerate(zip(chosen, jobs), 1):
+                graded.append((each, job.result()))
+                print(f"[{n}/{len(chosen)}] exercise {each.number} is graded", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            grader.stop()
+            raise
+    return graded
+
+
+def warn_of_other_rules(path: Path, rules: dict[int, str]) -> None:
+    """Say on stderr if a folder's own rules, which its starter was made with, are others: --term may be forgotten."""
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))["rules"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if own != {str(number): name for number, name in rules.items()}:
+        print(f"warning: {path} has other rules than these tests; is --term the one that its starter was made with?",
+              file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def check(student, prediction, golds, wanted: tuple[float, float], **flags) -> N
     assert got == pytest.approx(wanted, abs=1e-9), f"(F1, exact match) of {prediction!r} for the golds {golds}, {flags}"
 
 
+@pytest.mark.core
 def test_texts_that_are_equal_once_normalised_are_an_exact_match(student):
     for prediction, gold in [("Eiffel Tower", "The Eiffel tower."), (" U.S.A.\n", "usa"), ("an apple", "apple"),
                              ("New York New York", "New York, New York"), ("car car", "the car, a car!")]:
@@ -47,6 +48,7 @@ def test_texts_that_are_equal_once_normalised_are_an_exact_match(student):
         check(student, prediction, [gold], (1.0, 1.0), fair=False)
 
 
+@pytest.mark.core
 def test_words_in_common(student):
     # 2 · words in common / words of both; no word stands twice, so that every rule agrees.
     for prediction, gold, f1 in [("red car", "blue car", 2 / 4), ("car", "red car", 2 / 3), ("dog", "red car", 0.0),

@@ -2,7 +2,6 @@
 import itertools
 import random
 import signal
-import sys
 
 import pytest
 
@@ -94,6 +93,7 @@ def texts_near_a_turn(rule: str) -> list[str]:
 
 # ---- parse_action
 
+@pytest.mark.core
 def test_each_kind_of_action_with_its_content_stripped(student):
     for kind in KINDS:
         action = student.parse_action(f"<think> I look. </think>\n<{kind}>\n  1 Can\n(473 mL)\t</{kind}>\n")
@@ -150,9 +150,8 @@ def test_tags_that_are_no_pair_are_invalid_and_the_whole_text_is_kept(student):
 def test_the_tag_of_a_tool_that_is_added_is_an_action(student, monkeypatch):
     text = THOUGHT + "<zoom> 1, 2 </zoom>"
     assert student.parse_action(text)[0] == "invalid", "no tool has this tag yet"
-    tables = [getattr(module, "TOOLS", None) for module in list(sys.modules.values())]
-    tables.append(getattr(student.parse_action, "__globals__", {}).get("TOOLS"))
-    for table in tables:
+    for module in [tools, *student.modules]:  # in a folder that is graded the code has a table of its own
+        table = getattr(module, "TOOLS", None)
         if isinstance(table, dict) and "search" in table:
             monkeypatch.setitem(table, "zoom", tools.TOOLS["search"])
     assert tuple(student.parse_action(text)) == ("zoom", "1, 2")
@@ -161,6 +160,7 @@ def test_the_tag_of_a_tool_that_is_added_is_an_action(student, monkeypatch):
 
 # ---- turn_is_valid
 
+@pytest.mark.core
 def test_turns_of_the_right_form(student):
     for kind in KINDS:
         for text in (f"<think> I look. </think>\n<{kind}> x </{kind}>", f"<think></think><{kind}></{kind}>",

@@ -60,6 +60,7 @@ def close_but_for_scale(actual: torch.Tensor, wanted: list[list[float]]) -> bool
     return tuple(actual.shape) == (len(wanted), len(wanted[0])) and close(torch.tensor(rows), scaled)
 
 
+@pytest.mark.core
 def test_two_groups_by_hand(student, rule):
     # Group 1: mean 0.25; squared deviations 0.5625 + 3 · 0.0625 = 0.75, absolute ones 0.75 + 3 · 0.25 = 1.5.
     # Group 2: mean 1; squared deviations 4 · 1, absolute ones 4 · 1. Both: mean 0.625, squared deviations 5.875.
@@ -89,6 +90,7 @@ def test_rewards_that_hardly_differ_are_divided_as_the_docstring_says(student, r
         assert close(actual, wanted, 1e-4 * wanted[0][0]), f"rewards {distance}, 0, 0 got {actual[0].tolist()}"
 
 
+@pytest.mark.core
 def test_every_sample_is_compared_with_its_own_group(student, rule):
     rewards = rounded([[50.0, -3.0, 7.0], [0.2, 0.9, 0.4], [1.0, 1.0, 0.0]])
     actual = student.group_advantages(torch.tensor(rewards))

@@ -58,6 +58,7 @@ def close(got, wanted, rel=2e-5):
 # ------------------------------------------------------------------------------------------------------------------ KL
 
 
+@pytest.mark.core
 def test_kl_of_single_tokens(student, rule):
     # p = 0.5, q = 0.1: 0.2 + ln 5 - 1; or (ln 5)² / 2. p = 0.2, q = 0.6: 3 - ln 3 - 1; or (ln 3)² / 2.
     expected = [1.295145, 0.0, 0.603474] if rule == "k2" else [0.809438, 0.0, 0.901388]
@@ -122,6 +123,7 @@ RAGGED = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0
 COUNTS = {"num_rollouts": 3, "num_tokens": 5, "max_action_tokens": 10}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("loss", LOSSES)
 def test_weights_of_ragged_rollouts_by_hand(student, rule, loss):
     # grpo: a third a rollout, shared by its tokens. dapo: a fifth a token. dr_grpo: 3 rollouts of at most 10.
@@ -184,6 +186,7 @@ def test_clipping_of_one_token_by_hand(student, rule):
         assert got == pytest.approx(wanted, abs=1e-5), f"advantage {advantage}, ratio {ratio}: loss, gradient, clipped"
 
 
+@pytest.mark.core
 def test_a_batch_that_is_used_once_has_the_gradient_of_its_log_probs(student):
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -0.5]], requires_grad=True)
     loss, sums = student.policy_loss(logps, torch.tensor([2.0, -1.0]), torch.tensor([[0.25, 0.25], [0.5, 0.0]]))
@@ -193,6 +196,7 @@ def test_a_batch_that_is_used_once_has_the_gradient_of_its_log_probs(student):
     assert (float(sums["kl"]), float(sums["clipped"])) == (0.0, 0.0), "nothing was clipped, and there is no reference"
 
 
+@pytest.mark.core
 def test_gradient_of_the_expected_reward(student):
     """On policy, over all sequences, the gradient is that of the expected reward: p is inside the derivative there."""
     logits = laws(3).requires_grad_()
@@ -225,6 +229,9 @@ def samples():
     return rollouts
 
 
+COUNTS_OF_SAMPLES = {"num_rollouts": 5, "num_tokens": 15, "max_action_tokens": 8}
+
+
 def tensors(rollouts, filler, extra):
     """A micro-batch (logps, old, ref, advantages, mask); after every second action token stands an observation."""
     width = max(len(s.logps) + len(s.logps) // 2 for s in rollouts) + extra
@@ -237,14 +244,16 @@ def tensors(rollouts, filler, extra):
     return *values, torch.tensor([s.advantage for s in rollouts]), mask
 
 
-def update(student, loss, pieces, *, filler=0.0, extra=1, beta=0.3, low=0.2, high=0.28):
+def update(student, rule, loss, pieces, *, filler=0.0, extra=1, beta=0.3, low=0.2, high=0.28):
     """(loss, kl, clipped) and the gradient of every action token, of an update that is cut into pieces."""
     everything = samples()
     totals, gradients = torch.zeros(3), {}
     for piece in pieces:
         logps, old, ref, advantages, mask = tensors([everything[i] for i in piece], filler, extra)
         logps.requires_grad_()
-        weights = student.token_weights(mask, loss, num_rollouts=5, num_tokens=15, max_action_tokens=8)
+        weights = torch.zeros(mask.shape)
+        for row, is_action in zip(weights, mask):
+            row[is_action] = weight(rule, loss, max(1, int(is_action.sum())), **COUNTS_OF_SAMPLES)
         given = weights.clone()
         value, sums = student.policy_loss(logps, advantages, weights, old_logps=old, ref_logps=ref, beta=beta,
                                           clip_low=low, clip_high=high)
@@ -261,7 +270,7 @@ def by_loops(rule, loss, *, beta=0.3, low=0.2, high=0.28):
     totals, slopes = [0.0, 0.0, 0.0], []
     for sample in samples():
         for p, old, q in zip(sample.logps, sample.old, sample.ref):
-            w = weight(rule, loss, len(sample.logps), num_rollouts=5, num_tokens=15, max_action_tokens=8)
+            w = weight(rule, loss, len(sample.logps), **COUNTS_OF_SAMPLES)
             objective, slope, kl, is_cut = term(rule, p, old, q, sample.advantage, beta=beta, low=low, high=high)
             totals = [total + w * x for total, x in zip(totals, (-objective, kl, is_cut))]
             slopes.append(-w * slope)
@@ -270,7 +279,7 @@ def by_loops(rule, loss, *, beta=0.3, low=0.2, high=0.28):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_whole_update_token_by_token(student, rule, loss):
-    totals, gradient = update(student, loss, [[0, 1, 2, 3, 4]])
+    totals, gradient = update(student, rule, loss, [[0, 1, 2, 3, 4]])
     wanted, slopes = by_loops(rule, loss)
     assert close(totals[0], wanted[0]), f"{loss}: the loss"
     assert close(totals[1], wanted[1]), f"{loss}: the KL, weighted as the loss is"
@@ -279,25 +288,25 @@ def test_a_whole_update_token_by_token(student, rule, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_update_in_micro_batches_is_the_same(student, loss):
-    wanted, slopes = update(student, loss, [[0, 1, 2, 3, 4]])
+def test_an_update_in_micro_batches_is_the_same(student, rule, loss):
+    wanted, slopes = update(student, rule, loss, [[0, 1, 2, 3, 4]])
     assert slopes.abs().max() > 0, f"{loss}: no gradient at all"
     for pieces, extra in [([[0], [1], [2], [3], [4]], 0), ([[0, 1, 2], [3, 4]], 0), ([[4, 2, 0, 3, 1]], 9)]:
-        totals, gradient = update(student, loss, pieces, extra=extra)
+        totals, gradient = update(student, rule, loss, pieces, extra=extra)
         assert close(totals, wanted), f"{loss}: rollouts {pieces}, {extra} columns of padding: loss, KL, clipped"
         assert close(gradient, slopes), f"{loss}: rollouts {pieces}, {extra} columns of padding: gradient"
 
 
 @pytest.mark.parametrize("filler", [math.inf, -math.inf, math.nan, -1e4])
-def test_what_stands_in_padding_does_not_matter(student, filler):
-    wanted, slopes = update(student, "grpo", [[0, 1, 2], [3, 4]])
-    totals, gradient = update(student, "grpo", [[0, 1, 2], [3, 4]], filler=filler)
+def test_what_stands_in_padding_does_not_matter(student, rule, filler):
+    wanted, slopes = update(student, rule, "grpo", [[0, 1, 2], [3, 4]])
+    totals, gradient = update(student, rule, "grpo", [[0, 1, 2], [3, 4]], filler=filler)
     assert close(totals, wanted), f"padding of {filler} in place of 0: loss, KL, clipped"
     assert close(gradient, slopes) and slopes.abs().max() > 0, f"padding of {filler} in place of 0: gradient"
 
 
-def test_beta_scales_the_kl_in_the_loss_and_not_in_the_metric(student):
-    without, with_kl, twice = (update(student, "grpo", [[0, 1, 2, 3, 4]], beta=beta)[0] for beta in (0.0, 0.3, 0.6))
+def test_beta_scales_the_kl_in_the_loss_and_not_in_the_metric(student, rule):
+    without, with_kl, twice = (update(student, rule, "grpo", [[0, 1, 2, 3, 4]], beta=beta)[0] for beta in (0.0, 0.3, 0.6))
     assert without[1] > 0.1 and close(without[1:], with_kl[1:]), "KL and clipped share do not depend on beta"
     assert close(with_kl[0] - without[0], 0.3 * without[1]), "with beta = 0.3 the loss is higher by 0.3 KL"
     assert close(twice[0] - without[0], 0.6 * without[1]), "with beta = 0.6 it is higher by 0.6 KL"

@@ -95,6 +95,7 @@ def close(got, wanted, atol=1e-6):
 # ------------------------------------------------------------------------------------------------- values and gradients
 
 
+@pytest.mark.core
 @SETTINGS
 def test_log_probs_token_by_token(student, rule, temperature, suppressed):
     (logps, *_), (wanted, *_) = scored(student, rule, temperature, suppressed)
@@ -107,6 +108,7 @@ def test_entropy_token_by_token(student, rule, temperature, suppressed):
     assert close(entropy, wanted), f"entropy: got {entropy.tolist()}, not {wanted.tolist()}"
 
 
+@pytest.mark.core
 @SETTINGS
 def test_gradients_token_by_token(student, rule, temperature, suppressed):
     (*_, d_hidden, d_head), (*_, wanted_hidden, wanted_head) = scored(student, rule, temperature, suppressed)

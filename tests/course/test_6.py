@@ -87,6 +87,7 @@ def check_in_step(played: Rollout):
 
 
 # ---- actions -------------------------------------------------------------------------------------------------------
+@pytest.mark.core
 def test_sampled_ids_and_log_probs_are_kept_as_they_were_sampled(policy, play):
     letters = policy.tokenizer.convert_tokens_to_ids(list("<search>bear</search>")) + [policy.end_id]
     assert letters[:-1] != plain(policy, "<search>bear</search>")  # the tokenizer would choose longer pieces
@@ -120,6 +121,7 @@ def test_a_turns_text_is_the_whole_of_what_was_sampled_before_its_end(policy, pl
 
 
 # ---- observations --------------------------------------------------------------------------------------------------
+@pytest.mark.core
 def test_an_observation_is_a_user_turn_behind_the_action_and_not_in_the_loss(policy, play):
     played = play([PROBLEM, SEARCH, ANSWER])
     check_in_step(played)

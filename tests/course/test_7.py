@@ -244,6 +244,7 @@ def assert_metrics(ranks, expected, names):
 # ---- the step ------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_step_is_that_of_the_formula(updated, loss):
     ranks, expected = updated(1, loss=loss)
@@ -258,6 +259,7 @@ def test_the_cut_into_micro_batches_changes_neither_step_nor_metrics(updated, to
     assert_metrics(ranks, expected, expected[0])
 
 
+@pytest.mark.core
 def test_two_ranks_with_unlike_shares_take_the_step_of_one(updated):
     """Two micro-batches on the first rank; on the second one, and one that only keeps the ranks in step."""
     ranks, expected = updated(2)

@@ -85,6 +85,7 @@ def logits_of(num_ids: int, seed: int, spread: float = 1.5) -> torch.Tensor:
 
 
 # ---- log-probs -----------------------------------------------------------------------------------------------------
+@pytest.mark.core
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_the_distribution_at_the_temperature(student, rule, temperature):
     suppressed = [0, 17, 119]
@@ -129,6 +130,7 @@ def test_a_row_with_one_id_left(student, rule):
 
 
 # ---- frequencies ---------------------------------------------------------------------------------------------------
+@pytest.mark.core
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_ids_are_as_frequent_as_they_are_probable(student, rule, temperature):
     suppressed, row = [0, 3, 119], logits_of(120, seed=7)

@@ -114,6 +114,7 @@ def what_moves(attend, j):
     return [i for i in range(N) if (after - before)[0, :, i].abs().max() > 1e-6]
 
 
+@pytest.mark.core
 def test_nobody_sees_another_group_or_another_sample(attend):
     places = kinds()
     for j, (group, sample) in enumerate(places):
@@ -122,6 +123,7 @@ def test_nobody_sees_another_group_or_another_sample(attend):
         assert not foreign, f"place {j} {places[j]} is seen from {[(i, places[i]) for i in foreign]}"
 
 
+@pytest.mark.core
 def test_nobody_sees_its_future(attend):
     for j in range(N):
         early = [i for i in what_moves(attend, j) if i < j]
@@ -180,6 +182,7 @@ def assert_batch(batch, ids, positions, segments, targets, predictors, mask, log
     assert batch.advantages.tolist() == advantages and batch.advantages.dtype == torch.float32
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_a_group_of_two_in_literal_ids(student, rule, policy):
     """The example of the docstring; an observation stands in the first sample."""
