@@ -118,9 +118,9 @@ def _grade(prediction: str, gold: str, chinese: bool, fair: bool) -> tuple[float
 def turn_is_valid(text: str, tags: Sequence[str] = TAGS) -> bool:
     """Whether a turn is `<think>…</think>` and then `<tag>…</tag>` with one of the tags.
 
-    Only white space may stand around these, and none of the tags, nor `<think>`, inside; the
-    released code forbids only the same tag twice, and so lets `<code>` stand in a thought. Linear
-    in the length of the text.
+    Only white space may stand around these, and no `<think>` or tag, opening or closing, inside;
+    the released code forbids only the same tag twice, and so lets `<code>` stand in a thought.
+    Linear in the length of the text.
     """
     pieces = re.split(rf"(</?(?:think|{'|'.join(tags)})>)", text)
     # outside, <think>, thought, </think>, outside, <tag>, content, </tag>, outside

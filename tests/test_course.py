@@ -80,6 +80,9 @@ def test_a_starter_has_holes_where_the_exercises_are_and_nothing_of_the_solution
     left = {path.name for path in (starter / "tests" / "course").iterdir()}
     assert not [name for name in left if name.startswith("exercise_")] and not left & {"grade.py", "check.py", "course.py"}
     assert [path.name for path in (starter / "tests").iterdir()] == ["course"]
+    for page in starter.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert "//" in link or (page.parent / link).exists(), f"{page} links to {link}"
 
 
 def test_the_rest_of_a_starter_imports_and_answers(starter):
@@ -235,7 +238,7 @@ def reasons_of(folder):
 
 @pytest.mark.thorough
 def test_the_runs_of_exercise_10_end_with_their_script_and_are_not_mixed(tmp_path):
-    command = [sys.executable, COURSE / "make_runs.py", tmp_path / "out", "--seeds", "1"]
+    command = [sys.executable, COURSE / "make_runs.py", tmp_path / "out", "--letters", "3", "--seeds", "1"]
     process = subprocess.Popen([*command, "--flags", "--steps 400 --eval_tasks ''"], stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"TMPDIR": str(tmp_path)})
     for _ in range(600):  # until runs write their metrics
@@ -245,7 +248,7 @@ def test_the_runs_of_exercise_10_end_with_their_script_and_are_not_mixed(tmp_pat
     process.terminate()
     assert process.communicate(timeout=60)[1].endswith("stopped; the same command goes on\n")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "runs").exists()
-    done = run("make_runs.py", tmp_path / "out", "--seeds", "1", "--flags", "--steps 2")
+    done = run("make_runs.py", tmp_path / "out", "--letters", "3", "--seeds", "1", "--flags", "--steps 2")
     assert done.returncode == 1 and "other flags" in done.stderr
 
 

@@ -18,9 +18,9 @@ PAIRED = '''    if [tag[1] for tag in tags] != ["", "/"] or tags[0][2] != tags[1
 FORM = '''\
     """Whether a turn is `<think>…</think>` and then `<tag>…</tag>` with one of the tags.
 
-    Only white space may stand around these, and none of the tags, nor `<think>`, inside; the
-    released code forbids only the same tag twice, and so lets `<code>` stand in a thought. Linear
-    in the length of the text.
+    Only white space may stand around these, and no `<think>` or tag, opening or closing, inside;
+    the released code forbids only the same tag twice, and so lets `<code>` stand in a thought.
+    Linear in the length of the text.
     """
 '''
 SPLIT = '''    pieces = re.split(rf"(</?(?:think|{'|'.join(tags)})>)", text)\n'''
@@ -55,8 +55,8 @@ EXERCISE = Exercise(
     """Whether a turn is a thought and then `<tag>…</tag>` with one of the tags.
 
     A thought is `<think>…</think>` or `<thought>…</thought>`. Only white space may stand around
-    thought and action, and none of the tags, nor those of either kind of thought, inside. Linear in
-    the length of the text.
+    thought and action, and no tag, nor those of either kind of thought, opening or closing, inside.
+    Linear in the length of the text.
     """
 '''),
                 (REWARD, SPLIT, SPLIT.replace("think|", "think|thought|")),
@@ -75,8 +75,8 @@ EXERCISE = Exercise(
     """Whether a turn is `<think>…</think>` and then `<tag>…</tag>` with one of the tags.
 
     The thought ends with the last `</think>` and may hold any text, tags as well, so that a policy
-    may weigh its tools. Only white space may stand around thought and action, and none of the tags,
-    nor `<think>`, inside the action. Linear in the length of the text.
+    may weigh its tools. Only white space may stand around thought and action, and no `<think>` or
+    tag, opening or closing, inside the action. Linear in the length of the text.
     """
 '''),
                 (REWARD, SPLIT, '''\
@@ -105,8 +105,9 @@ EXERCISE = Exercise(
                 (REWARD, FORM, '''\
     """Whether a turn begins with `<think>…</think>` and then `<tag>…</tag>` with one of the tags.
 
-    Only white space may stand before and between these, and none of the tags, nor `<think>`,
-    inside. Anything may follow, as `parse_action` ignores it. Linear in the length of the text.
+    Only white space may stand before and between these, and no `<think>` or tag, opening or
+    closing, inside. Anything may follow, as `parse_action` ignores it. Linear in the length of the
+    text.
     """
 '''),
                 (REWARD, OUTSIDE, '''\

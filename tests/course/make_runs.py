@@ -1,7 +1,8 @@
 """Exercise 10, find the silent bug: train with five bugs and without one, and write what students get to see.
 
-    python tests/course/make_runs.py OUT            # 18 runs of the laptop job, one a core: about 40 minutes on 2
-    python tests/course/make_runs.py OUT --letters 7    # in another order
+    python tests/course/make_runs.py OUT --letters 7    # 18 runs of the laptop job, one a core: about 40 minutes on 2
+
+--letters, any number, draws which folder gets which bug.
 
 OUT/runs has a folder for each of `right`, a, b, c, d, e: three seeds, each with its metrics, rollouts and page (report.html).
 OUT/answers.md, which stays with the instructor, has the bugs, their lines, and where to look. A run that is done is not done
@@ -118,17 +119,22 @@ def write_answers(out: Path, folders: dict[str, str], flags: str) -> None:
     path, text = out / "answers.md", "\n".join(lines)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         sys.exit(f"error: {path} is of another order, other flags or another version of the code; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be written: {error.strerror}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--letters", type=int, default=0, help="seed of the order of the bugs")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--letters", type=int, required=True, help="seed of the order of the bugs")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each folder")
     parser.add_argument("--flags", default="", help="more flags of train.py, as one text; for a trial: --steps 2")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     folders, bugs = letters(args.letters), known_bugs()
     runs = [(folder, seed) for seed in range(args.seeds) for folder in folders]
     write_answers(args.out, folders, args.flags)

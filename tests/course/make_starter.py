@@ -8,11 +8,14 @@ A function of an exercise keeps its signature and docstring; its body is `raise 
 else works as it is. OUT has the tests of the exercises, but neither their solutions nor the project's other tests.
 """
 import argparse
+import re
 import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
-from course import HERE, ROOT, Exercise, blank, load_exercises, make_reference, rules_of_term
+from course import HERE, LINKED, ROOT, Exercise, blank, load_exercises, make_reference, rules_of_term
 
 # Of tests/course, what students get; the rest holds solutions or is the instructor's.
 GIVEN = ("README.md", "notes", "adapters.py", "conftest.py", "rules.json", "rules.md", "test_*.py", "ranks.py")
@@ -22,15 +25,21 @@ def make_starter(out: Path, exercises: list[Exercise], rules: dict[int, str], so
     """Write the starter into the folder `out`, which must not exist or be empty; solved: with the solutions."""
     if out.resolve().is_relative_to(ROOT):  # it would be copied into itself
         raise ValueError(f"{out} is inside the project; choose a folder outside")
-    if out.exists():
-        if not out.is_dir() or any(out.iterdir()):
-            raise ValueError(f"{out} is there and not empty; choose another folder")
-        out.rmdir()
+    if out.is_symlink() or out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is there and is no folder; choose another name")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is there and not empty; choose another folder")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as beside:  # so that OUT is never there half done
+        _write(Path(beside) / "starter", exercises, rules, solved)
+        (Path(beside) / "starter").rename(out)
+
+
+def _write(out: Path, exercises: list[Exercise], rules: dict[int, str], solved: bool) -> None:
     make_reference(out, exercises, rules)
-    for link in [path for path in out.rglob("*") if path.is_symlink()]:
-        target = link.resolve()
-        link.unlink()
-        shutil.copytree(target, link)
+    for name in LINKED:
+        (out / name).unlink()
+        shutil.copytree(ROOT / name, out / name)
     if not solved:
         for file in {file for each in exercises for file in each.blanks}:
             source = (out / file).read_text(encoding="utf-8")
@@ -38,6 +47,11 @@ def make_starter(out: Path, exercises: list[Exercise], rules: dict[int, str], so
                 source = blank(source, each.blanks.get(file, []), each.drops.get(file, []), each.number)
             (out / file).write_text(source, encoding="utf-8")
     keep_given(out)
+    for page in out.rglob("*.md"):  # a link to what students do not get is its text alone
+        text = re.sub(r"\[([^\]]+)\]\(([^)#\s]+)[^)]*\)",
+                      lambda link: link[0 if "//" in link[2] or (page.parent / link[2]).exists() else 1],
+                      page.read_text(encoding="utf-8"))
+        page.write_text(text, encoding="utf-8")
     lines = [f"{each.number}. *{each.title}*: {each.rules[rules[each.number]].says}" for each in exercises]
     (out / HERE / "rules.md").write_text("# The rules of this term\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
@@ -58,6 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     exercises = load_exercises()
     rules = rules_of_term(exercises, args.term)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half done goes
     try:
         make_starter(args.out, exercises, rules, args.solved)
     except (OSError, ValueError) as error:
