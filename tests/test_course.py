@@ -181,7 +181,8 @@ def test_what_cannot_be_copied_is_named(starter, tmp_path):
 def test_a_grading_that_is_stopped_leaves_no_process_and_no_file(starter, tmp_path, number):
     begun, temporary = tmp_path / "begun", tmp_path / "tmp"
     temporary.mkdir()
-    folder = submission(starter, tmp_path, f"open({str(begun)!r}, 'w').write(f'{{os.getpid()}}')\nwhile True: pass", "import os")
+    body = f"open({str(begun)!r}, 'w').write(f'{{os.getpid()}}')\nwhile True: pass"
+    folder = submission(starter, tmp_path, body, "import os")
     process = subprocess.Popen([sys.executable, COURSE / "grade.py", folder, "--exercise", "3"], stderr=subprocess.PIPE,
                                text=True, env=os.environ | {"TMPDIR": str(temporary)})
     for _ in range(600):  # until a test calls the student's function

@@ -78,7 +78,8 @@ class World:
 
 
 OUR_FOLDERS = (ROOT, ROOT / "data", HERE)
-OUR_NAMES = {"data"} | {prefix + path.stem for folder in OUR_FOLDERS for path in folder.glob("*.py") for prefix in ("", "data.")}
+OUR_NAMES = {path.stem for folder in OUR_FOLDERS for path in folder.glob("*.py")}
+OUR_NAMES |= {"data"} | {f"data.{name}" for name in OUR_NAMES}
 
 
 def functions_here() -> dict[str, object]:
