@@ -54,8 +54,8 @@ def token_logps(hidden: Tensor, lm_head: Tensor, targets: Tensor, *, temperature
     They are taken out of the softmax here too, so that tokens are scored under the distribution
     that they were sampled from. Returns two (N,) tensors in nats, float32 (float64 for float64).
     The first is differentiable in hidden and lm_head. Logits are hidden · lm_headᵀ / temperature.
-    At most chunk·V exist at a time, never N·V: the backward pass computes them again. Sums over
-    chunks are float32 too, whatever the dtype of lm_head. N may be 0.
+    At most chunk·V exist at a time, never N·V: the backward pass computes them again. The
+    gradient of lm_head is added up in float32. N may be 0.
     """
     return _TokenLogps.apply(hidden, lm_head, targets, temperature, suppressed, chunk)
 
@@ -156,7 +156,7 @@ def policy_loss(logps: Tensor, advantages: Tensor, weights: Tensor, *,
 
     logps, weights, old_logps, ref_logps: (B, T) float32; advantages: (B,). old_logps=None means
     that the batch is used once: the ratio is 1, and its gradient is that of logps. ref_logps=None
-    means no KL term. Where a weight is 0, the other tensors may hold anything, NaN too:
+    means no KL term, and `kl` is 0. Where a weight is 0, the other tensors may hold anything, NaN too:
     it reaches neither the loss nor the gradient.
 
     Returns the scalar loss and two sums to be added up over micro-batches and ranks too: `kl` (k3)
@@ -193,8 +193,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor,
 
     A sample sees its prompt and itself. query (1, heads, N, d), key and value (1, key heads, N, d),
     where heads / key heads neighbouring queries share a key; returns (1, heads, N, d). There is no
-    padding and no N x N mask: a group costs as many products as its samples would alone, less G - 1
-    times those within the prompt.
+    padding and no N x N mask: the prompt's part is computed once for a group, the samples' as if
+    each were alone.
     """
     repeats = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(repeats, dim=1)  # (1, heads, N, d)

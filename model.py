@@ -573,8 +573,8 @@ def draw(logits: Tensor, temperature: float, suppressed: Tensor) -> tuple[Tensor
 
     One distribution for both: suppressed ids are taken out, then comes the temperature (below 1e-6:
     the likeliest token, with its log-prob at 1). A uniform number is looked up in the cumulative
-    distribution. That is exact, and on a CPU V times less work than `torch.multinomial`, which
-    draws a number for each token of the vocabulary.
+    distribution, both float64, so that rare ids can be drawn. (On a CPU `torch.multinomial` is
+    slow: it draws a number for each token of the vocabulary.)
     """
     logits = logits.float().index_fill(1, suppressed, float("-inf"))
     is_greedy = temperature < 1e-6

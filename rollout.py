@@ -199,8 +199,8 @@ def _append_action(policy: Policy, rollout: Rollout, ids: list[int], logps: list
                    is_last: bool) -> None:
     """Append sampled ids as they are, and a `Turn`; end the rollout if nothing can follow.
 
-    logps: of each id, in nats. The turn's text keeps special tokens, but for the end token, which
-    is part of the ids where it came. Without it `stop` becomes "length", and there is no answer,
+    logps: of each id, in nats. The turn's text keeps special tokens, but for the end token; the
+    ids keep it. A turn without it was cut off: `stop` becomes "length", and there is no answer,
     even if one can be read; else "answer", "invalid", or "turns" if is_last.
     """
     rollout.ids += ids
@@ -273,7 +273,8 @@ def _append_observation(policy: Policy, rollout: Rollout, result: ToolResult | N
 
     The turn keeps its result in any case, its observation only where the policy can read it. `stop`
     becomes "images" where the result's image would be one too many, else "length" where the text
-    and max_new_tokens do not fit. With released_context, `_restart` makes the context instead.
+    and max_new_tokens do not fit. With released_context, `_restart` then makes the
+    context, from the turns' observations, and `pictures` stays as it is.
     """
     turn = rollout.turns[-1]
     turn.result = result

@@ -117,6 +117,12 @@ def test_a_folder_without_adapters_is_refused(tmp_path):
     assert done.returncode == 1 and "adapters.py" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("place", [".", "no/such/folder/points.json"])
+def test_what_cannot_be_written_is_refused_before_the_grading(starter, tmp_path, place):
+    done = run("grade.py", starter, "--json", tmp_path / place)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.thorough
 def test_a_right_solution_in_a_file_of_its_own_gets_all_points_of_its_exercise(starter, tmp_path):
     rows, text = graded(submission(starter, tmp_path, RIGHT), tmp_path, "--exercise", "3", "--junit", tmp_path / "points.xml")
@@ -142,22 +148,71 @@ def test_a_body_that_imports_finds_the_files_of_its_own_folder(starter, tmp_path
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("mistake", ["def broken(:\n", "raise SystemExit(0)\n", "import no_such_package\n"])
-def test_a_file_of_another_exercise_that_cannot_be_imported_costs_nothing_here(starter, tmp_path, mistake):
-    """reward.py holds exercises 1 and 2; grpo.py, with exercise 3, does not need it, and rollout.py and train.py do."""
-    folder = submission(starter, tmp_path, RIGHT)
-    (folder / "reward.py").write_text(mistake)
-    rows, text = graded(folder, tmp_path, "--exercise", "1", "--exercise", "3")
-    assert rows[3]["points"] == 5 and rows[1]["points"] == 0, text
-    assert all("could not be loaded" in test["why"] for test in rows[1]["tests"]), text
+def test_a_file_of_another_exercise_that_cannot_be_imported_costs_nothing_here(tmp_path, mistake):
+    """rollout.py, with exercise 6, imports tools.py, with exercise 2."""
+    folder = tmp_path / "solved"
+    assert run("make_starter.py", folder, "--solved").returncode == 0
+    (folder / "tools.py").write_text(mistake)
+    rows, text = graded(folder, tmp_path, "--exercise", "2", "--exercise", "6")
+    assert rows[6]["points"] == rows[6]["of"] and 0 < rows[2]["points"] < rows[2]["of"], text
+    assert any("parse_action could not be loaded" in test["why"] for test in rows[2]["tests"]), text
+
+
+ODD = {  # name: (number, file, what is written behind its end): honest code that must get all points
+    "a type is checked": (6, "rollout.py", """
+_parse = parse_action
+def parse_action(text):
+    action = _parse(text)
+    if not isinstance(action, Action):
+        raise ValueError(text)
+    return action
+"""),
+    "a slow file of another exercise": (3, "rollout.py", "\nimport time\ntime.sleep(60)\n"),
+    "an exit in a file of another exercise": (3, "rollout.py", "\nimport os\nos._exit(0)\n"),
+    "another start of processes": (3, "grpo.py", "\nimport multiprocessing\nmultiprocessing.set_start_method('spawn')\n"),
+    "a file of its own": (3, "grpo.py", "\nassert open('README.md').read().startswith('#')\n"),
+    "a file is written": (3, "grpo.py", """
+_advantages = group_advantages
+def group_advantages(rewards, loss="grpo"):
+    open("__init__.py", "a").write(str(rewards))
+    return _advantages(rewards, loss)
+"""),
+    "an import in a backward pass": (5, "grpo.py", """
+class _Checked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logps):
+        return logps.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        import helper
+        return helper.same(gradient)
+_logps = token_logps
+def token_logps(*args, **kwargs):
+    logps, entropy = _logps(*args, **kwargs)
+    return _Checked.apply(logps), entropy
+"""),
+}
 
 
 @pytest.mark.thorough
-def test_a_failed_core_test_halves_the_points(starter, tmp_path):
-    wrong = RIGHT.replace("return centred if", "centred = -centred\nreturn centred if")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_but_honest_code_gets_all_points(tmp_path, name):
+    number, file, text = ODD[name]
+    folder = tmp_path / "solved"
+    assert run("make_starter.py", folder, "--solved").returncode == 0
+    (folder / "helper.py").write_text("def same(x):\n    return x\n")
+    (folder / file).write_text((folder / file).read_text() + text)
+    rows, text = graded(folder, tmp_path, "--exercise", number)
+    assert rows[number]["points"] == rows[number]["of"], text
+
+
+@pytest.mark.thorough
+def test_with_a_failed_core_test_half_of_the_points_are_left_at_most(starter, tmp_path):
+    wrong = RIGHT.replace("keepdim=True) + 1e-4)", "keepdim=True) + 1.0)")
     rows, text = graded(submission(starter, tmp_path, wrong), tmp_path, "--exercise", "3")
-    passed = sum(test["passed"] for test in rows[3]["tests"])
-    assert passed and any(test["core"] and not test["passed"] for test in rows[3]["tests"]), text
-    assert rows[3]["points"] == round(5 * passed / len(rows[3]["tests"]) / 2, 1), text
+    passed = [test["passed"] for test in rows[3]["tests"]]
+    assert sum(passed) > len(passed) / 2 and any(test["core"] and not test["passed"] for test in rows[3]["tests"]), text
+    assert rows[3]["points"] == 2.5 and "at most half of the points" in text, text
 
 
 @pytest.mark.thorough
@@ -210,8 +265,9 @@ HOSTILE = {  # name: (body, what is imported first, why no test passes)
     "an end of pytest": ("import pytest; pytest.exit('x', 0)", "", ""),
     "a million lines": ("print('line\\n' * 1_000_000)", "", ""),
     "edited tests": (
-        "import pathlib, sys\nfor path in pathlib.Path.cwd().glob('test_*.py'):\n"
-        "    path.write_text('def test_all(): pass\\n')\nreturn rewards", "", "a file of the tests was changed"),
+        "import inspect, pathlib\nfor frame in inspect.stack():\n    path = pathlib.Path(frame.filename)\n"
+        "    if path.name == 'test_3.py': path.write_text('def test_all(): pass\\n')\nreturn rewards", "",
+        "a file of the tests was changed"),
 }
 
 

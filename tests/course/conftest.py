@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -89,35 +90,73 @@ def functions_here() -> dict[str, object]:
 
 
 def load_functions(world: World, graded: list[str]) -> dict[str, object]:
-    """{name: function} that adapters.py of the world's folder names; Missing where it could not be loaded.
+    """{name: function} that adapters.py of the world's folder names for an exercise; Missing where it could not be loaded.
 
-    If a file cannot be imported that holds nothing to be graded now, ours stands in: another exercise's mistake.
+    If a file of another exercise is in the way, ours stands in for it: that mistake is not of this exercise.
     """
-    ours, functions = dict(sys.modules), {}
     importlib.invalidate_caches()
     with world:
         table = importlib.import_module("adapters").FUNCTIONS
-        modules_graded = {table[name][0] for name in graded if name in table}
-        for name in sorted(table, key=graded.__contains__):  # those of other exercises first
-            module = ""
-            try:
-                module, attribute = table[name]
-                loaded = importlib.import_module(module)
-                if not world.has(loaded):
-                    raise ImportError(f"there is no {module}.py in the folder")
-                functions[name] = getattr(loaded, attribute)
-            except BaseException as error:  # of whatever kind, sys.exit included: it is the student's file that is run
-                functions[name] = Missing(name, error)
-                if module in ours and module not in modules_graded and (world.folder / f"{module}.py").is_file():
-                    world.modules[module] = sys.modules[module] = stand_in(ours[module], graded)
+    functions = {name: load(world, table, name) for name in graded}
+    if any(isinstance(function, Missing) for function in functions.values()):
+        modules_graded = [table[name][0] for name in graded if name in table]
+        for name in table.keys() - set(graded):
+            if isinstance(tried := load(world, table, name), Missing) and not is_absent(tried.reason, table[name][0]) and (
+                    table[name][0] not in modules_graded):
+                stand_in(world, table[name][0], graded)
+        functions = {name: load(world, table, name) for name in graded}
     return functions
 
 
-def stand_in(module: ModuleType, graded: list[str]) -> ModuleType:
-    """The module without what is graded."""
-    copy = ModuleType(module.__name__)
-    copy.__dict__.update({name: value for name, value in vars(module).items() if name not in graded})
-    return copy
+def load(world: World, table: dict, name: str) -> object:
+    """The function that adapters.py names, or Missing."""
+    if name not in table:
+        return Missing(name, KeyError("it is not in adapters.py"))
+    try:
+        with world:
+            loaded = importlib.import_module(table[name][0])
+            if not world.has(loaded):
+                raise ImportError(f"{loaded.__name__} is {getattr(loaded, '__file__', 'built in')}, not a file of the folder")
+            return getattr(loaded, table[name][1])
+    except BaseException as error:  # of whatever kind, sys.exit included: it is the student's file that is run
+        return Missing(name, error)
+
+
+def is_absent(error: BaseException, module: str) -> bool:
+    """Whether the module was not handed in."""
+    return isinstance(error, ModuleNotFoundError) and error.name == module
+
+
+def stand_in(world: World, name: str, graded: list[str]) -> None:
+    """Put our module into the world, without what is graded."""
+    if ours := sys.modules.get(name):
+        copy = ModuleType(name)
+        copy.__dict__.update({key: value for key, value in vars(ours).items() if key not in graded})
+        world.modules[name] = copy
+
+
+def same_as_ours(world: World, names: set[str]) -> dict[int, object]:
+    """{id of something in the world: ours}: the functions of other exercises, and classes whose text is as in ours, so that
+    the student's `isinstance` holds for what our code has made."""
+    with world:
+        table = importlib.import_module("adapters").FUNCTIONS
+    same = {}
+    for name in names & table.keys():
+        module = world.modules.get(table[name][0])
+        same[id(getattr(module, table[name][1], None))] = functions_here()[name]
+    for name, module in world.modules.items():
+        ours, theirs = classes_of(sys.modules.get(name)), classes_of(module)
+        same |= {id(getattr(module, key, None)): getattr(sys.modules[name], key)
+                 for key in ours.keys() & theirs.keys() if ours[key] == theirs[key]}
+    return same
+
+
+def classes_of(module: ModuleType | None) -> dict[str, str]:
+    """{name: text} of the classes at the top level of a module's file."""
+    file = Path(getattr(module, "__file__", None) or "/")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.suffix == ".py" else ""
+    found = re.finditer(r"^(?:@.*\n)*class (\w+).*\n(?:(?:[ \t].*)?\n)*", text + "\n", re.MULTILINE)
+    return {match[1]: match[0].rstrip() for match in found}
 
 
 @pytest.fixture(scope="session")
@@ -127,14 +166,14 @@ def student() -> Student:
         return Student(reference, [])
     graded = os.environ["COURSE_GRADED"].split(",")  # the functions of one exercise
     world = World(folder)
-    functions = {name: Missing(name, KeyError("it is not in adapters.py")) for name in graded} | load_functions(world, graded)
-    others = {id(function): reference[name] for name, function in functions.items() if name in reference.keys() - set(graded)}
+    functions = load_functions(world, graded)
+    same = same_as_ours(world, reference.keys() - set(graded))
     for module in world.modules.values():
         for name, value in list(vars(module).items()):
-            if callable(value) and id(value) in others:
-                setattr(module, name, others[id(value)])
-    theirs = {name: world.wrap(functions[name]) for name in graded}
-    return Student(reference | theirs, list(world.modules.values()))
+            if callable(value) and id(value) in same:
+                setattr(module, name, same[id(value)])
+    sys.path += world.path[:3]  # behind ours: what runs later, in a backward pass, may import
+    return Student(reference | {name: world.wrap(functions[name]) for name in graded}, list(world.modules.values()))
 
 
 @pytest.fixture
@@ -158,4 +197,4 @@ def plain_functions_beside_it(request) -> None:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs_plain(numbers): what a test expects holds with the reference's rule of these")
-    config.addinivalue_line("markers", "core: what the exercise is about; if it fails, its points are halved")
+    config.addinivalue_line("markers", "core: what the exercise is about; if it fails, half of its points at most")

@@ -15,7 +15,7 @@ NUMBERS = range(1, 10)  # exercise 10 has no tests: it is read
 POINTS_AN_HOUR = 10
 # Of a copy of the project: what is large and never changed is linked to.
 LINKED = ("data/model", "data/offline", "data/figures")
-IGNORED = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", *(
+IGNORED = shutil.ignore_patterns(".git", ".venv", "venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", *(
     Path(name).name for name in LINKED))
 
 
@@ -71,7 +71,10 @@ def rules_of_term(exercises: list[Exercise], term: int | None) -> dict[int, str]
 
 def make_reference(folder: Path, exercises: list[Exercise], rules: dict[int, str], for_tests: bool = False) -> None:
     """Copy the project into a new folder, put the solutions of the exercises' rules in, and write for conftest.py which rules
-    there are, and whose are not the reference's. for_tests: with a model of its own, and no other data."""
+    there are, and whose are not the reference's. for_tests: with a model of its own, and no other data. Raises ValueError for
+    a folder inside the project."""
+    if folder.resolve().is_relative_to(ROOT):
+        raise ValueError(f"{folder} is inside the project; choose a folder outside, or another TMPDIR")
     shutil.copytree(ROOT, folder, ignore=IGNORED)
     if for_tests:  # what students' code runs in must not lead back into the project
         shutil.copytree(ROOT / "data" / "model", folder / "data" / "model")

@@ -37,7 +37,7 @@ EXERCISE = Exercise(
     rules={
         "one_action": Rule(
             "A turn holds one action and no other tag of an action; a thought ends with the first "
-            "`</think>`, and no tag may stand in it.", []),
+            "`</think>`, and a tag in it costs the form, but not the action.", []),
         "two_names": Rule(
             "A thought may stand in `<think>` or in `<thought>`, and ends with the first of their "
             "closing tags.", [

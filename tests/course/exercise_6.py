@@ -2,7 +2,7 @@
 from course import Exercise, Rule, Wrong
 
 ACTION_DOC = '''\
-    is part of the ids where it came. Without it `stop` becomes "length", and there is no answer,
+    ids keep it. A turn without it was cut off: `stop` becomes "length", and there is no answer,
     even if one can be read; else "answer", "invalid", or "turns" if is_last.
 '''
 OBSERVATION_DOC = '''\
@@ -89,7 +89,7 @@ def _tip(action: Action) -> str:
     return TIP_NONE if "none" in re.findall(r"\\w+", action.content.lower()) else TIP_REPAIR
 '''),
     ("rollout.py", ACTION_DOC, '''\
-    is part of the ids where it came. Without it `stop` becomes "length", and there is no answer,
+    ids keep it. A turn without it was cut off: `stop` becomes "length", and there is no answer,
     even if one can be read; else "answer", or, if is_last, "invalid" or "turns". An invalid turn
     that is not the last one ends nothing: the policy is told and tries again, as in Search-R1
     (arXiv 2503.09516, algorithm 1).
@@ -105,7 +105,7 @@ def _tip(action: Action) -> str:
 ]
 CUT_TURNS = [
     ("rollout.py", ACTION_DOC, '''\
-    is part of the ids where it came. A turn that was cut off, without it, is read like any other:
+    ids keep it. A turn that was cut off, without it, is read like any other:
     what counts is the pair of tags, as in Search-R1 (arXiv 2503.09516). `stop` becomes "answer",
     "invalid" ("length" where the turn was cut off), or "turns" if is_last.
 '''),

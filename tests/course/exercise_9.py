@@ -4,8 +4,8 @@ from course import Exercise, Rule, Wrong
 SEES = """\
     A sample sees its prompt and itself. query (1, heads, N, d), key and value (1, key heads, N, d),
     where heads / key heads neighbouring queries share a key; returns (1, heads, N, d). There is no
-    padding and no N x N mask: a group costs as many products as its samples would alone, less G - 1
-    times those within the prompt.
+    padding and no N x N mask: the prompt's part is computed once for a group, the samples' as if
+    each were alone.
     """
 HEAD = """                     segments: Segments, scaling: float) -> Tensor:
     \"\"\"Causal attention in a packed row"""

@@ -7,7 +7,7 @@
 The tests find the functions by FOLDER/tests/course/adapters.py (or FOLDER/adapters.py). Every test is a process of its own,
 with limits on time, memory and output, and runs from a fresh copy of this project, never from FOLDER. So a submission that
 hangs, prints without end, leaves by sys.exit or os._exit, or edits tests, loses the points of the tests that do so. It is no
-prison: who attacks the grader itself runs as the same user, and a process that leaves its session is not followed. Grade
+prison: who attacks the grader itself runs as the same user, and a process that leaves its group is not followed. Grade
 strangers' work in a container.
 
 The exit status is 0 whatever the points, and another one if FOLDER cannot be graded.
@@ -39,9 +39,10 @@ from course import HERE, ROOT, Exercise, load_exercises, make_reference, rules_o
 
 SECONDS = 30  # of the processor, for one test
 PATIENCE = 4  # times as long by the clock, on a busy machine or in a sleep
-PATIENCE_EXERCISE = 10  # times as long for all tests of an exercise; a right solution takes two
+PATIENCE_EXERCISE = 20  # times as long for all tests of an exercise; a right solution takes two
 MEMORY = 8 << 30  # bytes of addresses; torch takes three on its own
 OUTPUT = 64 << 20  # bytes of one test's output, and of any file that it writes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -108,7 +109,7 @@ class Grader:
         for each in exercises:
             make_reference(self.place(each), [each], rules, for_tests=True)
             self.tests[each.number] = self._collect(each)  # which leaves compiled files behind, for the tests
-            self.files[each.number] = {path: path.read_bytes() for path in self.place(each).rglob("*") if path.is_file()}
+            self.files[each.number] = files_of(self.place(each))
 
     def place(self, exercise: Exercise) -> Path:
         return self.folder / f"reference-{exercise.number}"
@@ -133,7 +134,8 @@ class Grader:
 
     def _collect(self, exercise: Exercise) -> dict[str, bool]:
         """{id: whether it is core} of an exercise's tests, in their order. Raises ValueError if there are none."""
-        log, _ = self._fork(ROOT, exercise, ["--collect-only", f"test_{exercise.number}.py"])
+        file = self.place(exercise) / HERE / f"test_{exercise.number}.py"
+        log, _ = self._fork(ROOT, exercise, ["--collect-only", str(file)])
         tests = {test: kind == "core" for kind, test in re.findall(r"^(core|test) (test_\d+\.py::.*)$", log, re.MULTILINE)}
         if not any(tests.values()):
             raise ValueError(f"no core test of exercise {exercise.number} was found:\n{log}")
@@ -142,7 +144,7 @@ class Grader:
     def run(self, student: Path, exercise: Exercise, test: str) -> Verdict:
         """The verdict on one test."""
         start = time.perf_counter()
-        log, why = self._fork(student, exercise, [test])
+        log, why = self._fork(student, exercise, [str(self.place(exercise) / HERE / test)])
         if self._mend(exercise):
             why = "a file of the tests was changed"
         elif why == NOT_PASSED:
@@ -180,6 +182,7 @@ class Grader:
 
     def _child(self, scratch, student, exercise, arguments, end, word):
         os.setpgrp()  # what is killed together
+        multiprocessing.set_start_method(None, force=True)  # it is the student's to choose
         output = os.open(scratch / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -193,13 +196,13 @@ class Grader:
         tempfile.tempdir = str(scratch)
         os.environ.update(COURSE_STUDENT=str(student), TMPDIR=str(scratch),
                           COURSE_GRADED=",".join(name for _, name in exercise.functions))
-        os.chdir(self.place(exercise) / HERE)
+        os.chdir(student)
         collecting = "--collect-only" in arguments
         sys.dont_write_bytecode = not collecting
         sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / HERE)]
-        calls = Calls()
+        tests, calls = self.place(exercise) / HERE, Calls()
         status = pytest.main(["-q", "--tb=short", "-o", "console_output_style=classic", "-p", "no:cacheprovider", "-m", "",
-                              "-c", os.devnull, f"--rootdir={os.getcwd()}", f"--confcutdir={os.getcwd()}",
+                              "-c", os.devnull, f"--rootdir={tests}", f"--confcutdir={tests}",
                               f"--basetemp={scratch / 'tmp'}", *arguments],
                              plugins=[Names() if collecting else calls])
         sys.stdout.flush()
@@ -207,15 +210,22 @@ class Grader:
         os._exit(0)
 
     def _mend(self, exercise: Exercise) -> bool:
-        """Whether files of an exercise's copy were changed; they are then as they were."""
+        """Whether files of an exercise's copy were changed. It is then as it was, without what was added, too."""
         files = self.files[exercise.number]
-        if all(path.is_file() and path.read_bytes() == content for path, content in files.items()):
-            return False
-        remove(self.place(exercise))
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        return True
+        try:
+            there = files_of(self.place(exercise))
+        except (OSError, RecursionError):  # what cannot be read was changed
+            there = {}
+        if there != files:
+            remove(self.place(exercise))
+            for path, content in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        return any(there.get(path) != content for path, content in files.items())
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def kill(process: multiprocessing.Process) -> None:
@@ -228,7 +238,7 @@ def kill(process: multiprocessing.Process) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a folder, however deep it is; what is still being written to may stay."""
-    subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
+    subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C does not reach it
 
 
 def first_error(log: str) -> str:
@@ -241,9 +251,10 @@ def first_error(log: str) -> str:
 
 # ---- what is printed and written -----------------------------------------------------------------------------------
 def points_of(exercise: Exercise, verdicts: list[Verdict]) -> float:
-    """An exercise's points, shared evenly among its tests; half of that if a core test failed."""
+    """An exercise's points, shared evenly among its tests; at most half of them if a core test failed."""
     share = sum(verdict.passed for verdict in verdicts) / len(verdicts)
-    return round(exercise.points * share / (1 if all(v.passed for v in verdicts if v.core) else 2), 1)
+    most = 1.0 if all(verdict.passed for verdict in verdicts if verdict.core) else 0.5
+    return round(exercise.points * min(share, most), 1)
 
 
 def table(graded: Graded) -> str:
@@ -254,6 +265,8 @@ def table(graded: Graded) -> str:
         points = f"{points_of(exercise, verdicts):g} of {exercise.points:g}"
         tests, seconds = f"{passed} of {len(verdicts)}", sum(verdict.seconds for verdict in verdicts)
         lines.append(f"{exercise.number:>2}  {exercise.title:<40}{points:>12}{tests:>10}{seconds:>9.1f}")
+        if points_of(exercise, verdicts) < round(exercise.points * passed / len(verdicts), 1):
+            lines.append("      at most half of the points, as a core test failed")
         lines += [f"      {v.test}{' (core)' if v.core else ''}: {v.why}" for v in verdicts if not v.passed]
     points = sum(points_of(exercise, verdicts) for exercise, verdicts in graded)
     of = sum(exercise.points for exercise, _ in graded)
@@ -302,12 +315,10 @@ def main() -> None:
     parser.add_argument("--junit", type=Path, help="write JUnit's XML to this file")
     args = parser.parse_args()
     for path in filter(None, (args.json, args.junit)):  # fails now, not behind the grading
-        try:
-            path.touch()
-        except OSError as error:
-            parser.error(f"{path} cannot be written: {error.strerror}")
-    if not args.seconds >= 1:
-        parser.error("--seconds must be at least 1")
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            parser.error(f"{path} cannot be written")
+    if not 1 <= args.seconds <= 3600:
+        parser.error("--seconds must be from 1 to 3600")
     student = args.folder.resolve()
     if not any((student / place / "adapters.py").is_file() for place in (HERE, ".")):
         sys.exit(f"error: {args.folder} has no {HERE / 'adapters.py'}; it says where the functions are")
@@ -315,8 +326,8 @@ def main() -> None:
     rules = rules_of_term(exercises, args.term)
     warn_of_other_rules(student / HERE / "rules.json", rules)
     chosen = [each for each in exercises if not args.exercise or each.number in args.exercise]
-    for number in (signal.SIGINT, signal.SIGTERM):  # tests end and files go, too
-        signal.signal(number, lambda *_: sys.exit("stopped; nothing was graded"))
+    for number in SIGNALS:
+        signal.signal(number, stopped)
     folder = Path(tempfile.mkdtemp(prefix="grade_"))
     try:
         graded = grade(student, chosen, rules, folder, args.seconds)
@@ -329,16 +340,29 @@ def main() -> None:
         remove(folder)
 
 
+def stopped(*_) -> None:
+    """Leave, once: tests end and files go on the way."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit("stopped; nothing was graded")
+
+
 def grade(student: Path, chosen: list[Exercise], rules: dict[int, str], folder: Path, seconds: float) -> Graded:
     """The verdicts on the tests of all chosen exercises; each core takes an exercise at a time."""
     import_packages()
+
+    def left_out(place: str, names: list[str]) -> set[str]:
+        return {"__pycache__", *((".git", ".venv", "runs") if Path(place) == student else ())}
     try:
-        copy = shutil.copytree(student, folder / "student", symlinks=True, ignore=shutil.ignore_patterns(
-            ".git", ".venv", "runs", "__pycache__"))
+        copy = shutil.copytree(student, folder / "student", symlinks=True, ignore=left_out)
+        grader, graded = Grader(chosen, rules, folder, seconds), []
     except shutil.Error as error:
         name, _, why = error.args[0][0]
         sys.exit(f"error: {name} cannot be copied: {why}")
-    grader, graded = Grader(chosen, rules, folder, seconds), []
+    except RecursionError:
+        sys.exit(f"error: {student} cannot be copied: its folders are nested too deep")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(grader.grade, copy, each) for each in chosen]
         try:
@@ -355,10 +379,10 @@ def grade(student: Path, chosen: list[Exercise], rules: dict[int, str], folder: 
 def warn_of_other_rules(path: Path, rules: dict[int, str]) -> None:
     """Say on stderr if a folder's own rules, which its starter was made with, are others: --term may be forgotten."""
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))["rules"]
-    except (OSError, ValueError, KeyError, TypeError):
+        own = json.loads(path.read_text(encoding="utf-8"))["rules"] if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
-    if own != {str(number): name for number, name in rules.items()}:
+    if own is not None and own != {str(number): name for number, name in rules.items()}:
         print(f"warning: {path} has other rules than these tests; is --term the one that its starter was made with?",
               file=sys.stderr, flush=True)
 

@@ -42,7 +42,7 @@ def play(policy, student, monkeypatch):
     def play(turns, tools=Tools(), limits=LIMITS, picture=None) -> Rollout:
         def sampler(live):
             n = len(live[0].turns)
-            assert n < len(turns), f"the rollout must end with turn {len(turns)}, and asked for another one"
+            assert n < len(turns), f"the rollout must end with turn {len(turns)}, and asked for another one; {limits}"
             ids = sampled(policy, turns[n])
             return [(ids, logps_of(ids, n))]
         [played], _ = roll_out(policy, [task(picture)], tools, limits, sampler=sampler)
@@ -153,7 +153,8 @@ def test_a_picture_of_a_tool_joins_the_older_ones(policy, play, tools):
     assert spelled(policy, behind) == (
         f"{WIDEN}<|im_end|>{user_turn('The processed image.', pads[0])}"
         f"{COPY}<|im_end|>{user_turn('The processed image.', pads[1])}{ANSWER}<|im_end|>"), "the turns, spelled out"
-    assert sum(played.action_mask) == sum(len(sampled(policy, turn)) for turn in (WIDEN, COPY, ANSWER))
+    assert sum(played.action_mask) == sum(len(sampled(policy, turn)) for turn in (WIDEN, COPY, ANSWER)), (
+        "number of tokens with mask 1")
 
 
 # ---- the end of a rollout ------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_nothing_is_observed_behind_the_last_turn(policy, play):
         played = play(turns, limits=Limits(max_turns=len(turns), max_new_tokens=96, max_tokens=2000))
         assert (played.stop, played.answer, len(played.turns)) == ("turns", None, len(turns))
         assert played.turns[-1].observation is None and played.turns[-1].result is None
-        assert played.ids[-1] == policy.end_id and played.action_mask[-1] == 1, "the last word is the policy's"
+        assert played.ids[-1] == policy.end_id, "something stands behind the last turn"
 
 
 def test_an_observation_needs_room_for_itself_and_a_turn(policy, play, tools, rule):
@@ -223,7 +224,7 @@ def test_an_observation_needs_room_for_itself_and_a_turn(policy, play, tools, ru
         whole = play([*calls, ANSWER], tools, picture=picture)
         end = len(whole.ids) - len(sampled(policy, ANSWER))  # of the last observation
         needed = end - whole.action_mask.index(1) if rule == "behind_prompt" else end
-        start = max(i for i in range(end) if whole.action_mask[i]) + 1
+        start = [i for i in range(end) if whole.ids[i] == policy.end_id][-2] + 1  # of it: it has one end token itself
         fits, tight = (Limits(max_new_tokens=60, max_tokens=needed + 60 - missing) for missing in (0, 1))
         played = play([*calls, ANSWER], tools, fits, picture)
         assert (played.stop, played.ids) == ("answer", whole.ids), "an observation that just fits"
@@ -245,7 +246,7 @@ def test_an_image_too_many_ends_the_rollout(policy, play, tools, rule):
     assert len(played.images) == len(played.pictures) == 2, "the last image is not let in"
     assert played.turns[1].observation == "Write the code.", "what brings no image goes on"
     assert played.turns[2].observation is None and played.turns[2].result.ok, "the call is kept, and was not read"
-    assert played.ids[-1] == policy.end_id and played.action_mask[-1] == 1, "the last word is the policy's"
+    assert played.ids[-1] == policy.end_id, "something stands behind the last turn"
     without = play([COPY, COPY], tools, Limits(max_turns=5, max_new_tokens=96, max_tokens=2000, max_images=1))
     assert (without.stop, len(without.images)) == ("images", 1), "a task without an image"
 
@@ -258,7 +259,7 @@ def test_the_released_context_begins_anew(policy, play, tools):
     chain = f"Why?\n{PROBLEM}\nWrite the code.\n{WIDEN}\nThe processed image."
     prompt = encode_prompt(policy, chain, played.images[0])
     assert played.ids == prompt + sampled(policy, ANSWER), "the chain so far stands in one user turn (see _restart)"
-    assert sum(played.action_mask) == len(sampled(policy, ANSWER))
+    assert sum(played.action_mask) == len(sampled(policy, ANSWER)), "number of tokens with mask 1"
 
 
 # ---- many rollouts -------------------------------------------------------------------------------------------------
@@ -335,7 +336,9 @@ def test_random_rollouts_are_what_their_turns_say(policy, student, tools, rule, 
             told = [spelled(policy, ids) for ids in said[id(r)]]
             assert (r.stop, r.answer) == (stop, answer), f"{limits}: {told}"
             assert [turn.observation for turn in r.turns] == observations, f"{limits}: {told}"
-            assert r.ids == ids and r.action_mask == mask and r.logps == logps, f"{limits}: {told}"
+            assert r.ids == ids, f"ids; {limits}: {told}"
+            assert r.action_mask == mask, f"action_mask; {limits}: {told}"
+            assert r.logps == logps, f"logps; {limits}: {told}"
             assert [p.size for p in r.pictures] == sizes and len(r.images) == len(sizes), f"{limits}: {told}"
             assert r.ids.count(policy.image_id) == sum(image_tokens(policy, image) for image in r.images)
             stops.append(stop)

@@ -201,7 +201,8 @@ def test_the_rarest_ids_of_a_large_vocabulary_keep_their_room(student, rule):
         assert not rare, "ids that the rule takes out are drawn"
     # The numbers lie 30 of these ids apart.
     assert len(set(rare)) == len(rare), (
-        f"numbers that lie 30 rare ids apart drew only {len(set(rare))} ids: most can never be drawn")
+        f"numbers that lie 30 rare ids apart drew only {len(set(rare))} ids: most can never be drawn "
+        "(are the sums and the uniform number float64?)")
 
 
 # ---- greedy, seeds -------------------------------------------------------------------------------------------------
