@@ -156,8 +156,8 @@ def policy_loss(logps: Tensor, advantages: Tensor, weights: Tensor, *,
 
     logps, weights, old_logps, ref_logps: (B, T) float32; advantages: (B,). old_logps=None means
     that the batch is used once: the ratio is 1, and its gradient is that of logps. ref_logps=None
-    means no KL term, and `kl` is 0. Where a weight is 0, the other tensors may hold anything, NaN too:
-    it reaches neither the loss nor the gradient.
+    means no KL term, and `kl` is 0. Where a weight is 0, the other tensors may hold anything, NaN
+    too: it reaches neither the loss nor the gradient.
 
     Returns the scalar loss and two sums to be added up over micro-batches and ranks too: `kl` (k3)
     and `clipped` (tokens whose gradient the clip cuts). They are weighted as the loss is; divided
