@@ -40,7 +40,7 @@ BUGS = {
     "same_prompts_each_step": Clue(
         "sample prompts",
         "rollouts: the tasks of step 60 are those of step 1; success in training is as in the right run, and held-out success "
-        "10 points below"),
+        "10 to 30 points below"),
     "picture_before_the_code": Clue(
         "roll out: the observation",
         "held-out success *before* training is 20 points lower, but not on search or on signs that need no repair; rollouts: "
