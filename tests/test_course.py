@@ -158,6 +158,18 @@ def test_a_file_of_another_exercise_that_cannot_be_imported_costs_nothing_here(t
     assert any("parse_action could not be loaded" in test["why"] for test in rows[2]["tests"]), text
 
 
+@pytest.mark.thorough
+def test_a_helper_that_a_class_calls_is_the_students(tmp_path):
+    """_TokenLogps stands in the folder as in the project; what it calls is wrong."""
+    folder = tmp_path / "solved"
+    assert run("make_starter.py", folder, "--solved").returncode == 0
+    text = (folder / "grpo.py").read_text()
+    assert text.count("logits.div_(temperature)") == 1
+    (folder / "grpo.py").write_text(text.replace("logits.div_(temperature)", "pass"))
+    rows, text = graded(folder, tmp_path, "--exercise", "5")
+    assert 0 < rows[5]["points"] < rows[5]["of"], text
+
+
 ODD = {  # name: (number, file, what is written behind its end): honest code that must get all points
     "a type is checked": (6, "rollout.py", """
 _parse = parse_action
