@@ -177,9 +177,15 @@ def student() -> Student:
 
 
 @pytest.fixture
-def rule(request) -> str:
+def rules() -> dict[str, str]:
+    """{number of an exercise: name of its rule in force}."""
+    return in_force()["rules"]
+
+
+@pytest.fixture
+def rule(request, rules) -> str:
     """The name of the rule in force for the exercise that this file tests."""
-    return in_force()["rules"][request.path.stem.removeprefix("test_")]
+    return rules[request.path.stem.removeprefix("test_")]
 
 
 def in_force() -> dict:

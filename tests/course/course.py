@@ -15,8 +15,7 @@ NUMBERS = range(1, 10)  # exercise 10 has no tests: it is read
 POINTS_AN_HOUR = 10
 # Of a copy of the project: what is large and never changed is linked to.
 LINKED = ("data/model", "data/offline", "data/figures")
-IGNORED = shutil.ignore_patterns(".git", ".venv", "venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", *(
-    Path(name).name for name in LINKED))
+COPIED = ("data", "tests", "README.md", "LICENSE", "requirements.txt")  # and *.py: nothing that happens to lie beside them
 
 
 class Rule(NamedTuple):
@@ -75,7 +74,7 @@ def make_reference(folder: Path, exercises: list[Exercise], rules: dict[int, str
     a folder inside the project."""
     if folder.resolve().is_relative_to(ROOT):
         raise ValueError(f"{folder} is inside the project; choose a folder outside, or another TMPDIR")
-    shutil.copytree(ROOT, folder, ignore=IGNORED)
+    shutil.copytree(ROOT, folder, ignore=left_out)
     if for_tests:  # what students' code runs in must not lead back into the project
         shutil.copytree(ROOT / "data" / "model", folder / "data" / "model")
     for name in () if for_tests else LINKED:
@@ -83,8 +82,19 @@ def make_reference(folder: Path, exercises: list[Exercise], rules: dict[int, str
     for each in exercises:
         for edit in each.rules[rules[each.number]].edits:
             replace_once(folder, *edit)
-    changed = [each.number for each in exercises if rules[each.number] != list(each.rules)[0]]
-    (folder / HERE / "rules.json").write_text(json.dumps({"rules": rules, "changed": changed}) + "\n")
+    plain = rules_of_term(load_exercises(), None)
+    in_force = plain | {each.number: rules[each.number] for each in exercises}
+    changed = [number for number, rule in in_force.items() if rule != plain[number]]
+    (folder / HERE / "rules.json").write_text(json.dumps({"rules": in_force, "changed": changed}) + "\n")
+
+
+def left_out(place: str, names: list[str]) -> list[str]:
+    """What is not the project's own in one of its folders, or is linked to."""
+    if Path(place) == ROOT:
+        return [name for name in names if name not in COPIED and not name.endswith(".py")]
+    if Path(place) == ROOT / "data":
+        return [name for name in names if (ROOT / "data" / name).is_dir()]
+    return ["__pycache__"]
 
 
 def replace_once(folder: Path, file: str, old: str, new: str) -> None:

@@ -285,7 +285,7 @@ def as_json(graded: Graded, rules: dict[int, str]) -> dict:
 
 
 def as_junit(graded: Graded) -> bytes:
-    """JUnit's XML, which Gradescope's, GitLab's and Jenkins' readers take."""
+    """JUnit's XML, which GitLab and Jenkins read. It has no points."""
     suites = ElementTree.Element("testsuites")
     for exercise, verdicts in graded:
         suite = ElementTree.SubElement(suites, "testsuite", name=f"exercise {exercise.number}: {exercise.title}",
@@ -320,8 +320,12 @@ def main() -> None:
     if not 1 <= args.seconds <= 3600:
         parser.error("--seconds must be from 1 to 3600")
     student = args.folder.resolve()
+    if not student.is_dir():
+        sys.exit(f"error: there is no folder {args.folder}")
     if not any((student / place / "adapters.py").is_file() for place in (HERE, ".")):
         sys.exit(f"error: {args.folder} has no {HERE / 'adapters.py'}; it says where the functions are")
+    if student == ROOT / HERE:
+        sys.exit(f"error: {args.folder} holds the tests; the folder to be graded is {ROOT}")
     exercises = load_exercises()
     rules = rules_of_term(exercises, args.term)
     warn_of_other_rules(student / HERE / "rules.json", rules)
@@ -332,7 +336,8 @@ def main() -> None:
     try:
         graded = grade(student, chosen, rules, folder, args.seconds)
         print(table(graded))
-        for path, content in ((args.json, json.dumps(as_json(graded, rules), indent=1).encode()),
+        for path, content in ((args.json, json.dumps({"folder": str(student), "term": args.term} | as_json(graded, rules),
+                                                           indent=1).encode()),
                               (args.junit, as_junit(graded))):
             if path:
                 path.write_bytes(content)

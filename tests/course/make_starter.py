@@ -23,6 +23,8 @@ GIVEN = ("README.md", "notes", "adapters.py", "conftest.py", "rules.json", "rule
 
 def make_starter(out: Path, exercises: list[Exercise], rules: dict[int, str], solved: bool = False) -> None:
     """Write the starter into the folder `out`, which must not exist or be empty; solved: with the solutions."""
+    if out.resolve().is_relative_to(ROOT):
+        raise ValueError(f"{out} is inside the project; choose a folder outside")
     if out.is_symlink() or out.exists() and not out.is_dir():
         raise ValueError(f"{out} is there and is no folder; choose another name")
     if out.exists() and any(out.iterdir()):
@@ -50,8 +52,20 @@ def _write(out: Path, exercises: list[Exercise], rules: dict[int, str], solved: 
                       lambda link: link[0 if "//" in link[2] or (page.parent / link[2]).exists() else 1],
                       page.read_text(encoding="utf-8"))
         page.write_text(text, encoding="utf-8")
+    tell_rules(out / HERE / "README.md", exercises, rules)
     lines = [f"{each.number}. *{each.title}*: {each.rules[rules[each.number]].says}" for each in exercises]
     (out / HERE / "rules.md").write_text("# The rules of this term\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def tell_rules(path: Path, exercises: list[Exercise], rules: dict[int, str]) -> None:
+    """In the starter's page: another rule stands under the heading of its exercise; what is for instructors is left out."""
+    text = re.sub(r"## For instructors\n.*?(?=^## )", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for each in exercises:
+        if rules[each.number] != list(each.rules)[0]:
+            heading = re.search(rf"^### {each.number}\. .*\n", text, re.MULTILINE)[0]
+            text = text.replace(heading, f"{heading}\n**This term:** {each.rules[rules[each.number]].says} What follows is of "
+                                         "the public rule.\n")
+    path.write_text(text, encoding="utf-8")
 
 
 def keep_given(out: Path) -> None:

@@ -32,7 +32,8 @@ def on_ranks(size: int, folder: Path, function, *args) -> list:
         rank.kill()
         rank.join()
     errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime)
-    assert not errors, f"a rank of {size} failed:\n{errors[0].read_text()}"
+    said = errors[0].read_text().strip() if errors else ""
+    assert not errors, f"a rank of {size} failed: {said.splitlines()[-1]}\n{said}"
     results = [folder / f"{rank}.pt" for rank in range(size)]
     assert all(path.exists() for path in results), f"a rank of {size} did not come to an end within {LIMIT} seconds"
     return [torch.load(path, weights_only=False) for path in results]

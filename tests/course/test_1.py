@@ -59,6 +59,7 @@ def test_words_in_common(student):
         check(student, gold, [prediction], (f1, 0.0))
 
 
+@pytest.mark.core
 def test_words_that_stand_twice(student, rule):
     for prediction, gold, f1s in [  # of the rules released, squad and hotpotqa, dice
             ("car car car", "red car", (2 / 5, 2 / 5, 2 / 3)),

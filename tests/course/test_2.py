@@ -121,6 +121,7 @@ def test_an_action_is_sought_behind_the_thought_and_else_in_all_of_the_text(stud
     assert tuple(student.parse_action("<think> I know. <answer> Rome </answer>")) == ("answer", "Rome")
 
 
+@pytest.mark.core
 def test_where_a_thought_ends(student, rule):
     for text in ("<think> a </think> <search> b </search> </think> <answer> c </answer>",
                  "<think> a </think> <answer> b </think> c </answer>",

@@ -101,6 +101,7 @@ def test_kl_of_all_sequences_is_the_divergence(student, rule):
     assert close(loss, 0.5 * wanted), "without advantages the loss is beta · KL"
 
 
+@pytest.mark.core
 def test_gradient_of_the_kl_over_all_sequences(student, rule):
     logits = laws(1).requires_grad_()
     p, q = logits.log_softmax(dim=1), laws(2).log_softmax(dim=1)
@@ -164,6 +165,7 @@ def test_the_mask_is_not_changed(student, loss):
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
+@pytest.mark.core
 def test_clipping_of_one_token_by_hand(student, rule):
     far = (6.0, 0.0, 1) if rule == "dual_clip" else (8.0, 8.0, 0)
     for advantage, ratio, wanted in [  # wanted: loss, gradient, clipped; clips at 0.9 and 1.3

@@ -116,6 +116,7 @@ def test_gradients_token_by_token(student, rule, temperature, suppressed):
     assert close(d_head, wanted_head), "the gradient of the head"
 
 
+@pytest.mark.core
 def test_entropy_by_hand(student, rule):
     for logits, temperature, suppressed, probs in [
             ([0.0, 0.0, 0.0, 0.0], 1.0, [], [0.25, 0.25, 0.25, 0.25]),

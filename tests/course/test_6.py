@@ -166,6 +166,7 @@ def test_an_answer_ends_the_rollout(policy, play):
         assert played.turns[-1].observation is None
 
 
+@pytest.mark.core
 @pytest.mark.needs_plain(2)
 def test_an_invalid_turn(policy, play, rule):
     for first in ("I do not know.", "<answer> 1 </answer><answer> 2 </answer>"):
@@ -191,6 +192,7 @@ def test_a_turn_that_was_cut_off_before_its_action(policy, play):
             assert played.ids[-3:] == plain(policy, text)[-3:] and played.action_mask[-3:] == [1, 1, 1]
 
 
+@pytest.mark.core
 def test_a_turn_that_was_cut_off_behind_its_action(policy, play, rule):
     if rule == "cut_turns":
         played = play([PROBLEM, plain(policy, ANSWER)])
@@ -219,6 +221,7 @@ def test_nothing_is_observed_behind_the_last_turn(policy, play):
         assert played.ids[-1] == policy.end_id, "something stands behind the last turn"
 
 
+@pytest.mark.core
 def test_an_observation_needs_room_for_itself_and_a_turn(policy, play, tools, rule):
     for calls, picture in (([PROBLEM, SEARCH], None), ([WIDEN], noise())):
         whole = play([*calls, ANSWER], tools, picture=picture)

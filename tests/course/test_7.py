@@ -27,7 +27,6 @@ from ranks import on_ranks  # noqa: E402
 from rollout import Rollout  # noqa: E402
 from train import Config, even_micro_batches  # noqa: E402
 
-pytestmark = pytest.mark.needs_plain(4, 5)  # the formula has their loss, KL and entropy
 LR = 0.05
 BASE = {"max_turns": 3, "max_new_tokens": 20, "max_grad_norm": 1e6, "micro_batch_tokens": 150}
 SHARES = slice(0, 5), slice(5, 6)  # of the rows, for two ranks
@@ -91,33 +90,42 @@ def plain_log_probs(model, policy, rollout, temperature):
 # ---- the formula ---------------------------------------------------------------------------------
 
 
-def token_terms(log_probs, row, old, rule, config):
-    """Of each token that was sampled: its part of the objective, KL, whether the clip cuts it, entropy, log-prob,
-    distance from the sampler's."""
+def token_terms(log_probs, row, old, rules, config):
+    """Of each token that was sampled: its part of the objective, KL, whether a clip cuts it, entropy, log-prob, distance from
+    the sampler's; by the rules of exercises 4, 5 and 7 in force."""
     rollout, advantage, reference = row
     terms = []
     for t, token in enumerate(rollout.ids):
         if not rollout.action_mask[t]:
             continue
         logp, sampled = log_probs[t - 1, token], rollout.logps[t]
-        if rule == "sampled_old":
+        if rules["7"] == "sampled_old":
             before = sampled
         else:
             before = old[len(terms)] if old else logp.item()
         ratio = torch.exp(logp - before)
         bounded = min(max(ratio.item(), 1 - config.clip_low), 1 + config.clip_high) * advantage
-        is_cut = bounded < ratio.item() * advantage
+        gain, is_cut = ratio * advantage, False
+        if bounded < ratio.item() * advantage:
+            gain, is_cut = bounded, True
+        if rules["4"] == "dual_clip" and advantage < 0 and ratio.item() > 3:
+            gain, is_cut = 3 * advantage, True
         away = reference[t] - logp
-        kl = torch.exp(away) - away - 1
-        gain = bounded if is_cut else ratio * advantage
+        kl = away.square() / 2 if rules["4"] == "k2" else torch.exp(away) - away - 1
+        if rules["4"] == "unbiased_kl":
+            kl = ratio * kl
         p = log_probs[t - 1].detach().exp()
         entropy = -(p * log_probs[t - 1].detach()).sum().item()
+        if rules["5"] == "collision":
+            entropy = -math.log(p.square().sum().item())
+        elif rules["5"] == "evenness":
+            entropy /= math.log((p > 0).sum().item())
         terms.append((gain - config.beta * kl, kl.item(), float(is_cut), entropy, logp.item(),
                       abs(logp.item() - sampled)))
     return terms
 
 
-def formula(world, rule, config, rows):
+def formula(world, rules, config, rows):
     """(metrics, what every parameter loses) of the whole update of all rows."""
     model = plain_model(world.folder)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -128,13 +136,14 @@ def formula(world, rule, config, rows):
         loss, total, sums, distances = 0.0, 0.0, dict.fromkeys(("kl", "clipped", "entropy"), 0.0), []
         for i, row in enumerate(rows):
             log_probs = plain_log_probs(model, world.policy, row[0], config.temperature)
-            terms = token_terms(log_probs, row, old[i], rule, config)
-            weight = {"grpo": 1 / (len(rows) * len(terms)), "dapo": 1 / num_tokens,
+            terms = token_terms(log_probs, row, old[i], rules, config)
+            length = math.sqrt(len(terms)) if rules["4"] == "sqrt_length" else len(terms)
+            weight = {"grpo": 1 / (len(rows) * length), "dapo": 1 / num_tokens,
                       "dr_grpo": 1 / (len(rows) * turns * config.max_new_tokens)}[config.loss]
             part = -weight * sum(term[0] for term in terms)
             part.backward()
             loss += part.item()
-            of_metrics = 1.0 if rule == "token_means" else weight
+            of_metrics = 1.0 if rules["7"] == "token_means" else weight
             for _, kl, is_cut, entropy, _, distance in terms:
                 sums["kl"] += of_metrics * kl
                 sums["clipped"] += of_metrics * is_cut
@@ -143,12 +152,12 @@ def formula(world, rule, config, rows):
                 distances.append(distance)
             old[i] = old[i] or [term[4] for term in terms]
         if gap is None:
-            gap = sum(distances) / num_tokens if rule == "sampled_old" else max(distances)
+            gap = sum(distances) / num_tokens if rules["7"] == "sampled_old" else max(distances)
         gradients = [p.grad for p in model.parameters()]
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
         with torch.no_grad():
             for p in model.parameters():
-                if rule == "token_means":
+                if rules["7"] == "token_means":
                     p -= LR * p.grad.clamp(-config.max_grad_norm, config.max_grad_norm)
                 else:
                     p -= LR * p.grad * min(1.0, config.max_grad_norm / norm)
@@ -192,11 +201,11 @@ class Updates:
     def __init__(self, world):
         self.world, self.expected, self.ran = world, {}, {}
 
-    def __call__(self, update, rule, size, **flags):
+    def __call__(self, update, rules, size, **flags):
         config = Config(**{**BASE, **flags})
-        key, kept = (update, size, str(config)), (rule, str(replace(config, micro_batch_tokens=1)))
+        key, kept = (update, size, str(config)), str(replace(config, micro_batch_tokens=1))
         if kept not in self.expected:
-            self.expected[kept] = formula(self.world, rule, config, self.world.rows)
+            self.expected[kept] = formula(self.world, rules, config, self.world.rows)
         if key not in self.ran:
             rows = self.world.rows
             shares = [[rows]] if size == 1 else [[rows[share]] for share in SHARES]
@@ -216,9 +225,9 @@ def updates(world):
 
 
 @pytest.fixture
-def updated(updates, student, rule):
+def updated(updates, student, rules):
     """updated(size, **flags): (what each rank's update gave, what the formula gives)."""
-    return functools.partial(updates, student.update, rule)
+    return functools.partial(updates, student.update, rules)
 
 
 def assert_moved(ranks, expected, what):
@@ -285,6 +294,7 @@ def test_in_step_mode_dr_grpo_divides_by_the_length_of_one_turn(updated):
     assert_moved(ranks, expected, "--loss dr_grpo --mode step")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_large_gradient_is_cut(updated, rule, size):
     """As the rule says; by what all micro-batches and ranks give together."""
