@@ -118,7 +118,7 @@ class Grader:
         """End the tests that run, and start no others."""
         with self.forking:
             self.stopped = True
-            for process in self.running:
+            for process in list(self.running):
                 kill(process)
 
     def grade(self, student: Path, exercise: Exercise) -> list[Verdict]:
