@@ -118,6 +118,7 @@ def test_a_folder_without_adapters_is_refused(tmp_path):
     assert done.returncode == 1 and "adapters.py" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", [".", "no/such/folder/points.json"])
 def test_what_cannot_be_written_is_refused_before_the_grading(starter, tmp_path, place):
     done = run("grade.py", starter, "--json", tmp_path / place)
@@ -323,6 +324,7 @@ def test_the_runs_of_exercise_10_end_with_their_script_and_are_not_mixed(tmp_pat
     assert done.returncode == 1 and "other flags" in done.stderr
 
 
+@pytest.mark.thorough
 def test_the_key_of_exercise_10_cannot_get_into_a_starter(tmp_path):
     done = run("make_runs.py", ROOT / "RUNS", "--letters", "3")
     assert done.returncode == 2 and "inside the project" in done.stderr and not (ROOT / "RUNS").exists()
