@@ -469,7 +469,7 @@ def test_the_probe_has_the_parameters_of_a_turn_and_learns_which_are_refused():
       for name in ("http_429", "garbage", "no_choices")]])
 def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(name):
     start = time.monotonic()
-    options = {"patience": 0.6, "timeout": 0.3, "backoff": 0.05}
+    options = {"patience": 0.6, "timeout": 0.3 if name == "hang" else 9.0, "backoff": 0.05}
     failure, chat, _ = ask(for_items(name), **options)
     assert isinstance(failure, ApiFailed)
     assert str(failure) == KINDS.get(name, "timeout") and chat.unanswered == 1
@@ -477,6 +477,12 @@ def test_what_fails_for_long_is_the_items_fault_only_if_the_probe_is_answered(na
     assert isinstance(failure, ApiRefused)
     assert f"gives no reply for model any: {KINDS.get(name, 'timeout')} (" in str(failure)
     assert time.monotonic() - start < 2 * 0.6 + SLACK
+
+
+def test_a_last_try_that_the_end_cut_short_does_not_hide_the_reason():
+    failure, chat, server = ask(["http_500", "hang"], patience=1.0, backoff=0.05)
+    assert isinstance(failure, ApiFailed) and str(failure) == "http_500"
+    assert [request.body["messages"] == PROBE for request in server.seen] == [False, False, True]
 
 
 def test_woken_after_its_patience_it_gives_the_reason_it_had(monkeypatch):
