@@ -240,7 +240,7 @@ def test_what_cannot_be_copied_is_named(starter, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_grading_that_is_stopped_leaves_no_process_and_no_file(starter, tmp_path, number):
     begun, temporary = tmp_path / "begun", tmp_path / "tmp"
     temporary.mkdir()
