@@ -430,8 +430,8 @@ def update(policy: Policy, optimizer: Optimizer, batches: list, num_real: int,
     Returns the metrics loss, kl, entropy, clipped, gap, tokens, grad_norm and skipped, the same on
     all ranks: those of the last optimizer step, but `gap` of the first, when the policy is still
     the one that sampled. The log-probs of the first pass are the old ones of the later passes.
-    Where loss or gradient is not finite, that step, which is then the last, and those after it are
-    left out, and `skipped` is 1, not 0.
+    Where loss or gradient is not finite, that step and those after it on the same batch are left
+    out: the metrics are those of that step, and `skipped` is 1 in place of 0.
 
     batches: this rank's; those behind the first num_real only keep ranks in step and weigh 0.
     ref_logps: of each, (B, T) or None. The loss is a sum over ranks, and FSDP leaves their mean

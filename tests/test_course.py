@@ -184,7 +184,7 @@ def parse_action(text):
     "a slow file of another exercise": (3, "rollout.py", "\nimport time\ntime.sleep(60)\n"),
     "an exit in a file of another exercise": (3, "rollout.py", "\nimport os\nos._exit(0)\n"),
     "another start of processes": (3, "grpo.py", "\nimport multiprocessing\nmultiprocessing.set_start_method('spawn')\n"),
-    "a file of its own": (3, "grpo.py", "\nassert open('README.md').read().startswith('#')\n"),
+    "a file of its own": (3, "grpo.py", "\nopen('requirements.txt').close()\n"),
     "a file is written": (3, "grpo.py", """
 _advantages = group_advantages
 def group_advantages(rewards, loss="grpo"):

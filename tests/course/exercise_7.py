@@ -10,8 +10,8 @@ METRICS = """\
 Returns the metrics loss, kl, entropy, clipped, gap, tokens, grad_norm and skipped, the same on
     all ranks: those of the last optimizer step, but `gap` of the first, when the policy is still
     the one that sampled. The log-probs of the first pass are the old ones of the later passes.
-    Where loss or gradient is not finite, that step, which is then the last, and those after it are
-    left out, and `skipped` is 1, not 0."""
+    Where loss or gradient is not finite, that step and those after it on the same batch are left
+    out: the metrics are those of that step, and `skipped` is 1 in place of 0."""
 
 SAMPLED_OLD = [
     ("train.py", METRICS, """\
@@ -20,7 +20,8 @@ Returns the metrics loss, kl, entropy, clipped, gap, tokens, grad_norm and skipp
     sampled - as scored| over the action tokens of all ranks. The old log-probs are those of the
     sampler, `sampled_logps` of a batch, in the first pass too: so the ratio corrects what sampling
     and scoring round differently (arXiv 1707.06347, eq. 7). Where loss or gradient is not finite,
-    that step, which is then the last, and those after it are left out, and `skipped` is 1, not 0."""),
+    that step and those after it on the same batch are left out: the metrics are those of that
+    step, and `skipped` is 1 in place of 0."""),
     ("train.py", """\
         for i, (batch, ref, old) in enumerate(zip(batches, ref_logps, old_logps, strict=True)):
 """, """        for i, (batch, ref) in enumerate(zip(batches, ref_logps, strict=True)):
